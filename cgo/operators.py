@@ -1,0 +1,39 @@
+"""Which operators a graph may contain, and which of them are safe to share."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from cgo.graph import SOURCES
+
+#: Our own operators beside the sources; `cgo.runtime.operators` gives each its kernel.
+#:
+#: - `cgo.random(distribution=, model=, order=, ...)`: random tensor, drawn before the step from
+#:   the model's own stream; `order` counts the model's draws within one program
+#: - `cgo.dropout(x, noise, p)`: x * noise / (1 - p); noise is a `cgo.random` of zeros and ones
+#: - `cgo.batch_norm(x, weight, bias, mean, var, momentum, eps)` in training mode: outputs
+#:   (y, new mean, new var)
+#: - `cgo.getitem(node, index)` does not exist: outputs are addressed by `Ref.index`
+CGO_OPERATORS = SOURCES | {"cgo.random", "cgo.dropout", "cgo.batch_norm"}
+
+
+@cache
+def aten(op: str) -> Any | None:
+    """The `torch` OpOverload that "aten.name.overload" names, or None."""
+    import torch
+
+    parts = op.split(".")
+    if len(parts) != 3 or parts[0] != "aten" or parts[1].startswith("__"):
+        return None
+    packet = getattr(torch.ops.aten, parts[1], None)
+    return getattr(packet, parts[2], None) if packet is not None else None
+
+
+@cache
+def known(op: str) -> bool:
+    """Whether a graph may contain `op`: one of ours, or a functional ATen operator."""
+    if op in CGO_OPERATORS:
+        return True
+    overload = aten(op)
+    return overload is not None and not overload._schema.is_mutable

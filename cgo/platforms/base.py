@@ -1,0 +1,62 @@
+"""The protocol that every platform follows; `tests/platforms/contract.py` is its test suite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from cgo.events import Event
+from cgo.interface import WorkerInfo
+
+TrialId = str
+
+
+@dataclass(frozen=True)
+class TrialRequest:
+    """One trial to run.
+
+    `folder` holds `graph.json`; the trial writes `weights/`, `checkpoint.pt` and `log.txt` there.
+    Submitting a folder that holds a checkpoint goes on from it.
+    """
+
+    trial_id: TrialId
+    folder: Path
+    import_roots: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TrialExit:
+    """How a trial's process ended; `error` is None when it ran to its end."""
+
+    trial_id: TrialId
+    error: str | None
+    cancelled: bool = False
+
+
+class Platform(Protocol):
+    """Runs trials.
+
+    Callbacks come from the platform's own threads: per trial `on_event` in order, then `on_exit`
+    exactly once, after the last event.
+    """
+
+    def start(
+        self,
+        on_event: Callable[[TrialId, Event], None],
+        on_exit: Callable[[TrialExit], None],
+    ) -> None:
+        """Get ready; called once, before anything else."""
+
+    def submit(self, request: TrialRequest) -> None:
+        """Run a trial on an idle worker; raises `TrialError` when there is none."""
+
+    def cancel(self, trial_id: TrialId) -> None:
+        """Stop a trial; its `on_exit` follows. Unknown or ended trials are ignored."""
+
+    def idle_workers(self) -> Sequence[WorkerInfo]:
+        """Workers that could take a trial now."""
+
+    def close(self) -> None:
+        """Stop all trials and wait for their exits."""

@@ -1,0 +1,1 @@
+"""Pure functions from graph to graph; one file a pass."""

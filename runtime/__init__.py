@@ -1,0 +1,1 @@
+"""Executes a GraphData inside a trial."""
