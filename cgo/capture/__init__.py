@@ -1,0 +1,295 @@
+"""Capture: from a model and its data to a functional graph, checked against the eager module."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from cgo.capture.bind import bind
+from cgo.capture.convert import Program, convert
+from cgo.capture.validate import program_graph, validate
+from cgo.errors import CaptureError, ModelError, SpecError
+from cgo.graph import Graph, dump
+from cgo.graph_data import Factory, ModelEntry, StateEntry
+from cgo.model import DataSpec, Model, TrainingSpec, as_json, digest_of
+from cgo.runtime.data import Leaves, Loader, open_data, preserved_random_state
+from cgo.runtime.optimizers import Updater
+from cgo.runtime.state import build_module
+from cgo.runtime.step import Step, autocast, eval_mode
+from cgo.weights import tensor_hash
+
+log = logging.getLogger(__name__)
+
+__all__ = ["Captured", "Capturer", "Examples"]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """One batch of each shape that a data spec's loader will give, by program name."""
+
+    spec: DataSpec
+    batches: Mapping[str, Leaves]
+
+    @classmethod
+    def of(cls, spec: DataSpec) -> Examples:
+        """Open the data and take the batches.
+
+        Raises:
+            DataError: the source or a first batch is bad.
+        """
+        data = open_data(spec)
+        loader = Loader(replace(data, spec=replace(spec, num_workers=0)), torch.device("cpu"))
+        sizes = {"train": data.train_sizes, "validation": data.validation_sizes}
+        batches = {
+            f"{split}/{size}": loader.example(split, size)
+            for split, found in sizes.items()
+            for size in dict.fromkeys(found)
+        }
+        return cls(spec, batches)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One model, ready to be merged.
+
+    `graph` is None for an opaque lane (`entry.opaque` says why). `state` holds the tensors of an
+    `nn.Module` instance, which must travel as a file; a factory's are built again in the trial.
+    """
+
+    entry: ModelEntry
+    graph: Graph | None
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
+    state: Mapping[str, Tensor] | None = None
+    digest: str = ""  # of an instance: equal for equal graphs and starting state
+
+
+@dataclass(frozen=True)
+class _Template:
+    programs: Mapping[str, Program]
+
+    def digest(self, state: Mapping[str, Tensor]) -> str:
+        """Equal for models whose programs and starting state are equal."""
+        texts = [dump(program_graph(program, name)) for name, program in self.programs.items()]
+        return digest_of([texts, {path: tensor_hash(tensor) for path, tensor in state.items()}])
+
+
+class Capturer:
+    """Captures models; equal structures over equal shapes are exported once."""
+
+    def __init__(self) -> None:
+        self._templates: dict[str, _Template | str] = {}  # a string: why it cannot be captured
+
+    def capture(self, model: Model, examples: Examples) -> Captured:
+        """Capture one model.
+
+        Raises:
+            ModelError: the model cannot be built or run at all, even eagerly.
+        """
+        module, from_factory = self._module(model)
+        try:
+            Updater(model.training, list(module.parameters()))
+        except ModelError as error:
+            raise ModelError(f"model {model.model_id!r}: {error}") from error
+        state = _state_entries(module)
+        entry = ModelEntry(
+            id=model.model_id,
+            seed=model.seed,
+            data=model.data.digest,
+            training=model.training,
+            state=state,
+            factory=Factory(str(model.module), model.kwargs) if from_factory else None,
+        )
+        found = self._template(model, module, examples)
+        if isinstance(found, str):
+            if not from_factory:
+                raise ModelError(
+                    f"model {model.model_id!r}: this nn.Module instance cannot be captured "
+                    f"({found}), so it cannot be sent to a trial; give a factory "
+                    "('package.module:callable' with kwargs) instead"
+                )
+            return Captured(replace(entry, opaque=found), None)
+        constants = {k: v for program in found.programs.values() for k, v in program.constants.items()}
+        graph = bind(found.programs, model, module)
+        if from_factory:
+            return Captured(entry, graph, constants)
+        tensors = _tensors(module, state)
+        return Captured(entry, graph, constants, tensors, found.digest(tensors))
+
+    def _module(self, model: Model) -> tuple[nn.Module, bool]:
+        if isinstance(model.module, str):
+            try:
+                module, _ = build_module(
+                    model.module, copy.deepcopy(model.kwargs), model.seed, model.training.precision
+                )
+            except (ModelError, SpecError) as error:
+                raise ModelError(f"model {model.model_id!r}: {error}") from error
+            return module, True
+        module = copy.deepcopy(model.module)
+        return (module.double() if model.training.precision == "float64" else module), False
+
+    def _template(self, model: Model, module: nn.Module, examples: Examples) -> _Template | str:
+        key = _structure(model, module, examples)
+        known = self._templates.get(key)
+        if known is None:
+            known = self._export_all(model, module, examples)
+            self._templates[key] = known
+            return known
+        if isinstance(known, _Template):
+            # Another seed, or another call of the factory, may have drawn another structure that
+            # its printed form does not show: the cached graph must fit this very module.
+            name = next(iter(known.programs))
+            try:
+                validate(
+                    known.programs[name], name, module, model.training, examples.batches[name]
+                )
+            except CaptureError:
+                return self._export_all(model, module, examples)
+        return known
+
+    def _export_all(self, model: Model, module: nn.Module, examples: Examples) -> _Template | str:
+        for name, leaves in examples.batches.items():
+            _run_eagerly(model, module, name, leaves)
+        programs: dict[str, Program] = {}
+        exports: dict[str, ExportedProgram] = {}
+        try:
+            for name, leaves in examples.batches.items():
+                programs[name] = _program(module, model.training, name, leaves, exports)
+        except CaptureError as error:
+            return str(error)
+        except Exception as error:  # whatever a module can raise while it is traced or compared
+            return f"{type(error).__name__}: {_first_line(error)}"
+        return _Template(programs)
+
+
+def _program(
+    module: nn.Module,
+    training: TrainingSpec,
+    name: str,
+    leaves: Leaves,
+    exports: dict[str, ExportedProgram],
+) -> Program:
+    """Capture one program and validate it; `exports` holds the first export of each split.
+
+    Exporting is most of the cost, and the smaller last batch usually differs in nothing but shapes:
+    so the split's first export is tried on the new shapes, and kept if it validates.
+    """
+    split = name.partition("/")[0]
+    autocast_dtype = "bfloat16" if training.precision == "bfloat16" else None
+    if split in exports:
+        try:
+            program = convert(exports[split], leaves, strip="module.", autocast_dtype=autocast_dtype)
+            validate(program, name, module, training, leaves)
+            return program
+        except Exception as error:
+            log.debug("%s is exported by itself: %s", name, error)
+    exports[split] = _export(module, training, name, leaves)
+    program = convert(exports[split], leaves, strip="module.", autocast_dtype=autocast_dtype)
+    validate(program, name, module, training, leaves)
+    return program
+
+
+def _export(
+    module: nn.Module, training: TrainingSpec, name: str, leaves: Leaves
+) -> ExportedProgram:
+    evaluation = name.startswith("validation")
+    probe = copy.deepcopy(module)
+    step = Step(probe, training, tuple(leaves))
+    fast = torch.backends.mha.get_fastpath_enabled()
+    with preserved_random_state(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            # The fast path of attention in evaluation mode is one operator that nothing can merge.
+            torch.backends.mha.set_fastpath_enabled(False)
+            if evaluation:
+                with torch.no_grad(), eval_mode(step):
+                    return torch.export.export(step, tuple(leaves.values()), strict=False)
+            return torch.export.export(step, tuple(leaves.values()), strict=False)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _run_eagerly(model: Model, module: nn.Module, name: str, leaves: Leaves) -> None:
+    """Find out whether the model runs at all; what fails here fails training alone as well."""
+    probe = copy.deepcopy(module)
+    step = Step(probe, model.training, tuple(leaves))
+    shapes = ", ".join(f"{key} {list(leaf.shape)}" for key, leaf in leaves.items())
+    try:
+        with preserved_random_state(), autocast(model.training, "cpu"):
+            torch.manual_seed(model.seed)
+            if name.startswith("validation"):
+                with torch.no_grad(), eval_mode(step):
+                    loss, _ = step(*(leaf.clone() for leaf in leaves.values()))
+            else:
+                loss, _ = step(*(leaf.clone() for leaf in leaves.values()))
+    except Exception as error:
+        raise ModelError(
+            f"model {model.model_id!r}: a batch ({shapes}) through the module and its loss "
+            f"{model.training.loss} raised {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise ModelError(
+            f"model {model.model_id!r}: loss {model.training.loss} must return a scalar tensor, "
+            f"it returned {list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__}"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else "no message"
+
+
+def _structure(model: Model, module: nn.Module, examples: Examples) -> str:
+    """Key of the cache: what a capture depends on, but for values of weights."""
+    tensors = [
+        (path, str(t.dtype), list(t.shape), t.requires_grad)
+        for path, t in (*module.named_parameters(), *module.named_buffers())
+    ]
+    shapes = {
+        name: {key: [str(leaf.dtype), list(leaf.shape)] for key, leaf in leaves.items()}
+        for name, leaves in examples.batches.items()
+    }
+    what: Any = [str(model.module), model.kwargs]
+    if not isinstance(model.module, str):
+        what = [type(module).__module__, type(module).__qualname__]
+    training = as_json(model.training)
+    modes = [part.training for part in module.modules()]
+    return digest_of(
+        [what, str(module), tensors, modes, shapes, training["loss"], training["precision"]]
+    )
+
+
+def _state_entries(module: nn.Module) -> tuple[StateEntry, ...]:
+    first: dict[int, str] = {}
+    entries = []
+    persistent = set(module.state_dict(keep_vars=True))
+    named = [("parameter", *item) for item in module.named_parameters(remove_duplicate=False)]
+    named += [("buffer", *item) for item in module.named_buffers(remove_duplicate=False)]
+    for kind, path, tensor in named:
+        alias = first.get(id(tensor))
+        first.setdefault(id(tensor), path)
+        entries.append(
+            StateEntry(
+                path=path,
+                kind=kind,  # type: ignore[arg-type]
+                dtype=str(tensor.dtype).removeprefix("torch."),
+                shape=tuple(tensor.shape),
+                trainable=kind == "parameter" and tensor.requires_grad,
+                persistent=path in persistent,
+                alias_of=alias,
+            )
+        )
+    return tuple(entries)
+
+
+def _tensors(module: nn.Module, state: tuple[StateEntry, ...]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    found |= dict(module.named_buffers(remove_duplicate=False))
+    return {entry.path: found[entry.path] for entry in state if entry.alias_of is None}

@@ -1,0 +1,183 @@
+"""Operators that need more than a change of name to be functional and reproducible.
+
+A rewrite gets the converter, the operator and its converted arguments, and returns the result's
+reference; KEEP where the operator draws nothing and stays as it is; or None where it has nothing to
+say. Random tensors are drawn in the shape, dtype and
+memory layout that the eager operator would use, because on a CPU the stream depends on all three.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from cgo.errors import CaptureError
+from cgo.graph import Symbol
+
+
+#: The operator stays, and is known to draw no random numbers with these arguments.
+KEEP = object()
+
+
+def bound(overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments by name, defaults filled in."""
+    values = {}
+    for index, argument in enumerate(overload._schema.arguments):
+        if index < len(args):
+            values[argument.name] = args[index]
+        elif argument.name in kwargs:
+            values[argument.name] = kwargs[argument.name]
+        else:
+            values[argument.name] = argument.default_value if argument.has_default_value() else None
+    return values
+
+
+def _dropout(to: Any, overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    named = bound(overload, args, kwargs)
+    x, p = named["input"] if "input" in named else named["self"], named["p"]
+    if not named["train"] or p == 0 or to.fake(x).numel() == 0:
+        return x
+    noise = to.draw("dropout", torch.empty_like(to.fake(x)), p=float(p))
+    return to.emit("aten.mul.Tensor", x, noise, name="dropout")
+
+
+def _feature_dropout(to: Any, overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    named = bound(overload, args, kwargs)
+    x, p = named["input"] if "input" in named else named["self"], named["p"]
+    fake = to.fake(x)
+    if not named["train"] or p == 0 or fake.numel() == 0:
+        return x
+    shape = fake.shape[:2] + (1,) * (fake.dim() - 2)
+    noise = to.draw("dropout", fake.new_empty(shape), p=float(p))
+    return to.emit("aten.mul.Tensor", x, noise, name="feature_dropout")
+
+
+def _alpha_dropout(to: Any, overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """As ATen's `_alpha_dropout_impl`: x * a * keep + (keep - 1) * alpha * a + alpha * a * p."""
+    named = bound(overload, args, kwargs)
+    x, p = named["input"] if "input" in named else named["self"], float(named["p"])
+    if not named["train"] or p == 0 or to.fake(x).numel() == 0:
+        return x
+    if p == 1:
+        return to.emit("aten.mul.Scalar", x, 0.0, name="alpha_dropout")
+    alpha = 1.7580993408473766
+    a = 1.0 / math.sqrt((alpha * alpha * p + 1) * (1 - p))
+    keep = to.draw("bernoulli", torch.empty_like(to.fake(x)), p=1 - p)
+    shifted = to.emit("aten.sub.Scalar", keep, 1.0)
+    scaled = to.emit("aten.mul.Scalar", shifted, alpha * a)
+    offset = to.emit("aten.add.Scalar", scaled, alpha * a * p)
+    slope = to.emit("aten.mul.Scalar", keep, a)
+    return to.emit("aten.add.Tensor", to.emit("aten.mul.Tensor", x, slope), offset)
+
+
+def _attention(to: Any, overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Attention with dropout, spelled out as ATen's `_scaled_dot_product_attention_math`."""
+    named = bound(overload, args, kwargs)
+    p = float(named["dropout_p"])
+    if p == 0:
+        return KEEP
+    query, key, value = named["query"], named["key"], named["value"]
+    if named.get("enable_gqa"):
+        raise CaptureError("grouped-query attention with dropout")
+    scale = named["scale"]
+    scale = 1.0 / math.sqrt(to.fake(query).shape[-1]) if scale is None else scale
+    query = to.emit("aten.mul.Scalar", query, math.sqrt(scale))
+    key = to.emit("aten.mul.Scalar", to.emit("aten.transpose.int", key, -2, -1), math.sqrt(scale))
+    weights = to.emit("aten.matmul.default", query, key)
+    weights = _masked(to, weights, named["attn_mask"], bool(named["is_causal"]))
+    weights = to.emit("aten.softmax.int", weights, -1)
+    noise = to.draw("dropout", torch.empty_like(to.fake(weights)), p=p)
+    weights = to.emit("aten.mul.Tensor", weights, noise)
+    return to.emit("aten.matmul.default", weights, value, name="attention")
+
+
+def _masked(to: Any, weights: Any, mask: Any, causal: bool) -> Any:
+    if causal:
+        rows, columns = to.fake(weights).shape[-2:]
+        ones = to.emit(
+            "aten.ones.default",
+            (rows, columns),
+            dtype=Symbol("dtype", "bool"),
+            device=Symbol("device", "trial"),
+        )
+        mask = to.emit("aten.tril.default", ones)
+    if mask is None:
+        return weights
+    if to.fake(mask).dtype == torch.bool:
+        hidden = to.emit("aten.logical_not.default", mask)
+        return to.emit("aten.masked_fill.Scalar", weights, hidden, float("-inf"))
+    return to.emit("aten.add.Tensor", weights, mask)
+
+
+def _batch_norm(to: Any, overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    named = bound(overload, args, kwargs)
+    mean, var = named["running_mean"], named["running_var"]
+    if not named["training"] or mean is None:
+        return None
+    x, weight, bias = named["input"], named["weight"], named["bias"]
+    out, new_mean, new_var = to.add_batch_norm(
+        (x, weight, bias, mean, var, named["momentum"], named["eps"])
+    )
+    to.replace_buffer(mean, new_mean)
+    to.replace_buffer(var, new_var)
+    return out
+
+
+def _instance_norm(to: Any, overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    named = bound(overload, args, kwargs)
+    if named["use_input_stats"] and named["running_mean"] is not None:
+        raise CaptureError("instance_norm with running statistics writes them behind its schema")
+    return None
+
+
+def _recurrent(to: Any, overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    named = bound(overload, args, kwargs)
+    if named.get("train") and named.get("dropout") and named.get("num_layers", 1) > 1:
+        raise CaptureError(f"{overload} with dropout between its layers")
+    return KEEP
+
+
+def _like(distribution: str) -> Callable[..., Any]:
+    def rewrite(to: Any, overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        fake = overload(*to._fakes(tuple(args)), **{k: to._fakes(v) for k, v in kwargs.items()})
+        return to.draw(distribution, fake)
+
+    return rewrite
+
+
+def _randint(to: Any, overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    named = bound(overload, args, kwargs)
+    fake = overload(*to._fakes(tuple(args)), **{k: to._fakes(v) for k, v in kwargs.items()})
+    return to.draw("randint", fake, low=named.get("low") or 0, high=named["high"])
+
+
+def _bernoulli(to: Any, overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    named = bound(overload, args, kwargs)
+    if not isinstance(named.get("p"), float):
+        return None  # probabilities from a tensor: refused as random
+    return to.draw("bernoulli", torch.empty_like(to.fake(named["self"])), p=named["p"])
+
+
+#: Rewrites by operator name without overload and trailing underscore.
+REWRITES: dict[str, Callable[..., Any]] = {
+    "dropout": _dropout,
+    "feature_dropout": _feature_dropout,
+    "alpha_dropout": _alpha_dropout,
+    "scaled_dot_product_attention": _attention,
+    "batch_norm": _batch_norm,
+    "instance_norm": _instance_norm,
+    "lstm": _recurrent,
+    "gru": _recurrent,
+    "rnn_tanh": _recurrent,
+    "rnn_relu": _recurrent,
+    "rand_like": _like("uniform"),
+    "rand": _like("uniform"),
+    "randn_like": _like("normal"),
+    "randn": _like("normal"),
+    "randint": _randint,
+    "randint_like": _randint,
+    "bernoulli": _bernoulli,
+}

@@ -1,0 +1,157 @@
+"""Every capture is compared with the eager module before it is trusted."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from cgo.capture.convert import Program
+from cgo.errors import CaptureError
+from cgo.graph import Graph, Output, prune
+from cgo.model import TrainingSpec, loss_function
+from cgo.runtime.data import Leaves, preserved_random_state, seed_all
+from cgo.runtime.lower import lower
+from cgo.runtime.operators import drawer
+from cgo.runtime.step import autocast, compute, eval_mode
+
+#: Largest difference allowed, relative to the largest magnitude of the eager tensor. The captured
+#: program runs the same kernels, so these leave room for a reordered sum, not for another result.
+TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 2e-2}
+
+_CPU = torch.device("cpu")
+_UNSEEN = 7_919  # no seed of note
+
+
+def program_graph(program: Program, name: str, model: str = "") -> Graph:
+    """The program alone as a graph."""
+    outputs = [Output(model, name, "loss", "", program.loss)]
+    if program.prediction is not None and name.startswith("validation"):
+        outputs.append(Output(model, name, "prediction", "", program.prediction))
+    outputs += [Output(model, name, "update", path, ref) for path, ref in program.updates.items()]
+    return prune(Graph(tuple(program.nodes), tuple(outputs)))
+
+
+def validate(
+    program: Program, name: str, module: nn.Module, training: TrainingSpec, leaves: Leaves
+) -> None:
+    """Run captured and eager side by side, twice, with two seeds and two orders of the batch.
+
+    Losses, predictions, gradients (which are there at all, and their values) and buffers must
+    agree.
+
+    Raises:
+        CaptureError: they do not; says what differs.
+    """
+    eager, mirror = copy.deepcopy(module), copy.deepcopy(module)
+    graph = program_graph(program, name)
+    for seed in (0, 1):
+        rolled = {key: leaf.roll(seed, 0) for key, leaf in leaves.items()}
+        expected = _eager(eager, name, training, rolled, seed)
+        found = _captured(graph, program, name, mirror, rolled, seed)
+        _compare(expected, found, TOLERANCES[training.precision], name)
+
+
+def _eager(
+    module: nn.Module, name: str, training: TrainingSpec, leaves: Leaves, seed: int
+) -> dict[str, Tensor | None]:
+    module.zero_grad()
+    own = {key: leaf.clone() for key, leaf in leaves.items()}
+    loss_of, double = loss_function(training.loss), training.precision == "float64"
+    with preserved_random_state(), autocast(training, _CPU):
+        # Python's and NumPy's streams differ from run to run and from what the export saw, so that
+        # numbers baked into the graph show; torch's is the one that capture promises to follow.
+        seed_all(_UNSEEN + seed)
+        torch.manual_seed(seed)
+        if name.startswith("train"):
+            loss, _ = compute(module, loss_of, own, double=double)
+            found: dict[str, Tensor | None] = {"the loss": loss}
+        else:
+            with torch.no_grad(), eval_mode(module):
+                loss, prediction = compute(module, loss_of, own, double=double)
+            found = {"the loss": loss}
+            if isinstance(prediction, Tensor):
+                found["the prediction"] = prediction
+    if name.startswith("train") and loss.requires_grad:
+        loss.backward()
+    return found | _state(module)
+
+
+def _captured(
+    graph: Graph, program: Program, name: str, module: nn.Module, leaves: Leaves, seed: int
+) -> dict[str, Tensor | None]:
+    module.zero_grad()
+    lowered = lower(graph, name, _CPU)
+    tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    tensors |= dict(module.named_buffers(remove_duplicate=False))
+    generator = torch.Generator().manual_seed(seed)
+    values = []
+    for node in lowered.sources:
+        match node.op:
+            case "cgo.input":
+                values.append(leaves[str(node.keyword("leaf"))])
+            case "cgo.constant":
+                values.append(program.constants[str(node.keyword("content"))])
+            case "cgo.random":
+                values.append(drawer(node, _CPU)(generator))
+            case _:
+                values.append(tensors[str(node.keyword("path"))])
+    with torch.set_grad_enabled(name.startswith("train")):
+        results = lowered(values)
+    named = list(zip(lowered.outputs, results))
+    found: dict[str, Tensor | None] = {
+        f"the {output.role}": value for output, value in named if output.role != "update"
+    }
+    loss = found["the loss"]
+    if loss is not None and name.startswith("train") and loss.requires_grad:
+        loss.backward()
+    with torch.no_grad():
+        for output, value in named:
+            if output.role == "update" and value is not tensors[output.key]:
+                tensors[output.key].copy_(value)
+    return found | _state(module)
+
+
+def _state(module: nn.Module) -> dict[str, Tensor | None]:
+    state: dict[str, Tensor | None] = {
+        f"the gradient of {path}": parameter.grad for path, parameter in module.named_parameters()
+    }
+    return state | {f"buffer {path}": buffer for path, buffer in module.named_buffers()}
+
+
+def _compare(
+    expected: Mapping[str, Tensor | None],
+    found: Mapping[str, Tensor | None],
+    tolerance: float,
+    name: str,
+) -> None:
+    for what, right in expected.items():
+        left = found.get(what)
+        if (left is None) != (right is None):
+            raise CaptureError(
+                f"captured and eager differ in {name}: {what} is "
+                f"{'missing' if left is None else 'there'} in the captured graph"
+            )
+        if left is None or right is None:
+            continue
+        if left.shape != right.shape or left.dtype != right.dtype:
+            raise CaptureError(f"captured and eager differ in {name}: {what} has another type")
+        difference = _difference(left, right)
+        if not difference <= tolerance:
+            raise CaptureError(
+                f"captured and eager differ in {name}: {what} by {difference:.2g} relative "
+                f"(allowed {tolerance:g})"
+            )
+
+
+def _difference(left: Tensor, right: Tensor) -> float:
+    if torch.equal(left, right) or not right.numel():
+        return 0.0
+    left, right = left.detach().double(), right.detach().double()
+    same = (left == right) | (left.isnan() & right.isnan())
+    gap = torch.where(same, 0.0, (left - right).abs()).max()
+    finite = right[right.isfinite()]
+    scale = finite.abs().max() if finite.numel() else torch.tensor(1.0)
+    return float(gap / scale.clamp_min(1e-12))

@@ -1,0 +1,223 @@
+"""From submitted models to a trial's document: capture, passes, files."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cgo import weights
+from cgo.capture import Captured, Capturer, Examples
+from cgo.errors import CgoError
+from cgo.graph import Graph, ModelId
+from cgo.graph_data import FileRef, GraphData, file_sha256
+from cgo.model import DataSpec, Model, as_json, digest_of
+from cgo.passes.alias_models import AliasModels, find_aliases
+from cgo.passes.dedup_inputs import dedup_inputs
+from cgo.passes.dedup_stems import dedup_stems
+from cgo.passes.merge import merge
+from cgo.passes.pipeline import run_pipeline
+from cgo.passes.unmerged import Family, unmerged
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What merging did: counts for people, kept with the trial."""
+
+    passes: tuple[tuple[str, int, int], ...]  # name, nodes before, nodes after
+    models: int
+    captured: int
+    loaders_before: int
+    loaders: int
+    stems_shared: int  # nodes with several owners that are not inputs
+    aliases: Mapping[ModelId, ModelId]
+    opaque: Mapping[ModelId, str]
+    unmerged: tuple[Family, ...]
+    capture_s: float
+    merge_s: float
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A trial to run, and the models that cannot be part of any."""
+
+    graph_data: GraphData | None  # None when no model is left
+    report: MergeReport
+    failures: Mapping[ModelId, str]
+
+
+class Planner:
+    """Plans trials; captures are cached across them."""
+
+    def __init__(self, merge: bool = True) -> None:
+        """With `merge` off, nothing is shared between models but the trial."""
+        self._merge = merge
+        self._capturer = Capturer()
+        self._examples: dict[str, Examples] = {}
+        self._captured: dict[ModelId, Captured] = {}  # instances, captured early for `content`
+
+    def content(self, model: Model) -> str:
+        """A digest of all that decides a model's result; equal content means an equal result.
+
+        A factory counts with its arguments and the source file it stands in; an instance with its
+        captured graph and weights.
+        """
+        common = [as_json(model.data), as_json(model.training), model.seed]
+        common += [_source_hash(path) for path in (model.data.source, model.training.loss)]
+        if isinstance(model.module, str):
+            return digest_of([model.module, _source_hash(model.module), model.kwargs, *common])
+        try:
+            captured = self._capture(model)
+        except CgoError:
+            log.debug("model %s has no content digest", model.model_id, exc_info=True)
+            return digest_of(["unique", model.model_id])
+        self._captured[model.model_id] = captured
+        return digest_of([captured.digest, *common])
+
+    def plan(self, models: Sequence[Model], folder: Path) -> Plan:
+        """Capture and merge models, and write the trial's document and weights into `folder`."""
+        started = time.perf_counter()
+        captured, failures = self._capture_all(models)
+        capture_s = time.perf_counter() - started
+        started = time.perf_counter()
+        kept = [model for model in models if model.model_id in captured]
+        aliases = self._aliases(kept) if self._merge else {}
+        counts: list[tuple[str, int, int]] = []
+        graph = self._merged([captured[model.model_id] for model in kept], aliases, counts)
+        merge_s = time.perf_counter() - started
+        report = _report(kept, captured, aliases, graph, counts, capture_s, merge_s)
+        if not kept:
+            return Plan(None, report, failures)
+        trained = [model for model in kept if model.model_id not in aliases]
+        data = self._write(trained, captured, aliases, graph, folder)
+        return Plan(data, report, failures)
+
+    def _capture_all(
+        self, models: Sequence[Model]
+    ) -> tuple[dict[ModelId, Captured], dict[ModelId, str]]:
+        captured: dict[ModelId, Captured] = {}
+        failures: dict[ModelId, str] = {}
+        for model in models:
+            try:
+                early = self._captured.pop(model.model_id, None)
+                captured[model.model_id] = early or self._capture(model)
+            except CgoError as error:
+                failures[model.model_id] = str(error)
+        return captured, failures
+
+    def _capture(self, model: Model) -> Captured:
+        return self._capturer.capture(model, self._examples_of(model.data))
+
+    def _examples_of(self, spec: DataSpec) -> Examples:
+        if spec.digest not in self._examples:
+            self._examples[spec.digest] = Examples.of(spec)
+        return self._examples[spec.digest]
+
+    def _aliases(self, models: Sequence[Model]) -> dict[ModelId, ModelId]:
+        return find_aliases({model.model_id: self.content(model) for model in models})
+
+    def _merged(
+        self,
+        captured: Sequence[Captured],
+        aliases: Mapping[ModelId, ModelId],
+        counts: list[tuple[str, int, int]],
+    ) -> Graph:
+        graphs = [item.graph for item in captured if item.graph is not None]
+        graph = merge(graphs)
+        before = len(graph.nodes)
+        counts.append(("merge", before, before))
+        if not self._merge:
+            return graph
+
+        def count(name: str, result: Graph) -> None:
+            counts.append((name, counts[-1][2], len(result.nodes)))
+
+        return run_pipeline(graph, (AliasModels(aliases), dedup_inputs, dedup_stems), count)
+
+    def _write(
+        self,
+        models: Sequence[Model],
+        captured: Mapping[ModelId, Captured],
+        aliases: Mapping[ModelId, ModelId],
+        graph: Graph,
+        folder: Path,
+    ) -> GraphData:
+        folder.mkdir(parents=True, exist_ok=True)
+        entries, constants = [], {}
+        for model in models:
+            item = captured[model.model_id]
+            entry = item.entry
+            if item.state is not None:
+                file = _write_tensors(folder, f"start/{entry.id}.safetensors", item.state)
+                entry = replace(entry, weights=file)
+            entries.append(entry)
+            constants |= item.constants
+        data = GraphData(
+            models=tuple(entries),
+            data={model.data.digest: model.data for model in models},
+            graph=graph,
+            constants=_write_tensors(folder, "constants.safetensors", constants)
+            if constants
+            else None,
+            aliases=dict(aliases),
+            base=folder,
+        )
+        data.write(folder / "graph.json")
+        return data
+
+
+def _write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> FileRef:
+    weights.save(folder / name, tensors)
+    return FileRef(name, file_sha256(folder / name))
+
+
+def _source_hash(path: str) -> str:
+    """A hash of the file in which an import path's module stands; "" for anything else."""
+    module = sys.modules.get(path.partition(":")[0])
+    try:
+        file = inspect.getsourcefile(module) if module is not None else None
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+    except (OSError, TypeError):
+        return ""  # no source: a built-in or frozen module, the same in every run
+
+
+def _report(
+    models: Sequence[Model],
+    captured: Mapping[ModelId, Captured],
+    aliases: Mapping[ModelId, ModelId],
+    graph: Graph,
+    counts: Sequence[tuple[str, int, int]],
+    capture_s: float,
+    merge_s: float,
+) -> MergeReport:
+    opaque = {
+        id_: item.entry.opaque for id_, item in captured.items() if item.entry.opaque is not None
+    }
+    shared = [node for node in graph.nodes if len(node.owners) > 1 and node.op != "cgo.input"]
+    return MergeReport(
+        passes=tuple(counts),
+        models=len(models),
+        captured=len(models) - len(opaque),
+        loaders_before=len(models),
+        loaders=len({model.data.digest for model in models}),
+        stems_shared=len(shared),
+        aliases=dict(aliases),
+        opaque=opaque,
+        unmerged=unmerged(graph),
+        capture_s=capture_s,
+        merge_s=merge_s,
+    )

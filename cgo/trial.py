@@ -1,0 +1,104 @@
+"""A trial's entry point: `python -m cgo.trial GRAPH_JSON --events-fd N`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from cgo.errors import TrialError
+from cgo.events import Event, encode
+from cgo.graph import ModelId
+from cgo.graph_data import GraphData
+
+#: The document this process was started with; read by `experiment_config` and `execute`.
+_current: GraphData | None = None
+
+IMPORT_ROOTS = "CGO_IMPORT_ROOTS"
+
+
+def execute(
+    graph_data: GraphData | None = None,
+    *,
+    folder: Path | None = None,
+    report: Callable[[Event], None] | None = None,
+    observer: Any = None,
+) -> dict[ModelId, float]:
+    """Train a document's models in this process and return their final metrics.
+
+    Args:
+        graph_data: What to train; None takes the document that the trial was started with.
+        folder: Where weights and the checkpoint go; default is a temporary folder.
+        report: Called with each event.
+        observer: See `cgo.runtime.training.Observer`.
+
+    Raises:
+        TrialError: no document was given and this process is no trial.
+    """
+    from cgo.runtime.training import train
+
+    graph_data = graph_data if graph_data is not None else _current
+    if graph_data is None:
+        raise TrialError("this process is no trial; give the GraphData to execute")
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="cgo-trial-") as temporary:
+            return train(graph_data, Path(temporary), report or _ignore, observer=observer)
+    return train(graph_data, folder, report or _ignore, observer=observer)
+
+
+def _ignore(event: Event) -> None:
+    """Nobody asked to hear of events."""
+
+
+def experiment_config() -> Mapping[str, Any]:
+    """The experiment's settings, as the engine put them into the trial's document.
+
+    Raises:
+        TrialError: this process is no trial.
+    """
+    if _current is None:
+        raise TrialError("experiment_config is only there inside a trial")
+    return _current.experiment
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a trial; returns the exit code."""
+    global _current
+    parser = argparse.ArgumentParser(prog="python -m cgo.trial", description=__doc__)
+    parser.add_argument("document", type=Path, help="the GraphData, a JSON file")
+    parser.add_argument("--events-fd", type=int, default=1, help="where event lines are written")
+    parser.add_argument("--parent-fd", type=int, help="a pipe whose closing ends the trial")
+    options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, _terminate)
+    if options.parent_fd is not None:
+        from cgo.platforms.local import follow_parent
+
+        follow_parent(options.parent_fd)
+    roots = os.environ.get(IMPORT_ROOTS, "")
+    sys.path[:0] = [root for root in roots.split(os.pathsep) if root and root not in sys.path]
+    _current = GraphData.read(options.document)
+    with os.fdopen(options.events_fd, "w", buffering=1, closefd=False) as events:
+
+        def report(event: Event) -> None:
+            events.write(encode(event) + "\n")
+
+        execute(folder=options.document.parent, report=report)
+    return 0
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(143)
+
+
+if __name__ == "__main__":
+    # Run as `__main__`, this module would otherwise exist twice, and user code that calls
+    # `cgo.trial.experiment_config()` would see the copy that has no document.
+    from cgo import trial
+
+    sys.exit(trial.main())

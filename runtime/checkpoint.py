@@ -1,0 +1,48 @@
+"""A trial's checkpoint: one file, replaced as a whole after every epoch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cgo.errors import TrialError
+
+NAME = "checkpoint.pt"
+VERSION = 1
+
+
+def save(folder: Path, members: dict[str, Any]) -> None:
+    """Write the checkpoint so that a crash leaves either the old one or the new one.
+
+    Args:
+        folder: The trial's folder.
+        members: What each member's `dump` gave, by model id.
+    """
+    partial = folder / f"{NAME}.partial"
+    with partial.open("wb") as stream:
+        torch.save({"version": VERSION, "members": members}, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, folder / NAME)
+
+
+def load(folder: Path) -> dict[str, Any] | None:
+    """Each member's record, or None when the folder has no checkpoint.
+
+    Raises:
+        TrialError: the file is damaged or of another version. It is read without unpickling code.
+    """
+    path = folder / NAME
+    if not path.exists():
+        return None
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise TrialError(f"cannot read checkpoint {path}: {error}; remove it to start over") from error
+    if found.get("version") != VERSION:
+        raise TrialError(f"checkpoint {path} has version {found.get('version')}, expected {VERSION}")
+    members: dict[str, Any] = found["members"]
+    return members

@@ -1,0 +1,108 @@
+"""One model while it is trained: its state, updater, history and end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cgo import weights
+from cgo.events import Event
+from cgo.graph import ModelId
+from cgo.graph_data import GraphData, ModelEntry, file_sha256
+from cgo.runtime.meters import LossMeter
+from cgo.runtime.optimizers import Updater
+from cgo.runtime.state import ModelState
+
+Report = Callable[[Event], None]
+
+
+class Member:
+    """A model of the trial; reports its own events and nobody else's."""
+
+    def __init__(
+        self, entry: ModelEntry, data: GraphData, device: torch.device, folder: Path, report: Report
+    ) -> None:
+        self.entry = entry
+        self.folder = folder
+        self.history: list[dict[str, float]] = []
+        self.ended: dict[str, Any] | None = None
+        self._report = report
+        self.state = ModelState(entry, data, device)
+        self.updater = Updater(entry.training, self.state.parameters())
+        self.train_loss = LossMeter()
+        self.lr = self.updater.lr
+
+    @property
+    def id(self) -> ModelId:
+        """The model's id."""
+        return self.entry.id
+
+    @property
+    def running(self) -> bool:
+        """Whether it still trains."""
+        return self.ended is None
+
+    def start(self) -> None:
+        """Report that it trains, unless a checkpoint says that it did before."""
+        if self.running and not self.history:
+            self._tell("started", None, None)
+
+    def begin_epoch(self) -> None:
+        """Fresh sums, and the learning rate that the epoch starts with."""
+        self.train_loss = LossMeter()
+        self.lr = self.updater.lr
+
+    def end_epoch(self, evaluated: dict[str, float], seconds: float) -> None:
+        """Add the epoch's row, report it, and end the model if it was the last."""
+        epoch = len(self.history)
+        train_loss = self.train_loss.mean()
+        row = {"train_loss": train_loss, **evaluated, "lr": self.lr, "seconds": seconds}
+        self.history.append(row)
+        self._tell("epoch", epoch, row)
+        if self.entry.training.stop_on_nan and not abs(train_loss) < float("inf"):
+            self.fail(f"the training loss became {train_loss} in epoch {epoch}")
+        elif epoch + 1 == self.entry.training.epochs:
+            self._succeed(row[self.entry.training.metric_name])
+
+    def fail(self, error: str) -> None:
+        """End the model with an error."""
+        self._end({"success": False, "error": error, "weights": None, "sha256": None})
+
+    def _succeed(self, metric: float) -> None:
+        path = self.folder / "weights" / f"{self.id}.safetensors"
+        tensors, aliases = self.state.state_dict()
+        weights.save(path, tensors, aliases)
+        self._tell("final", None, metric)
+        relative = path.relative_to(self.folder).as_posix()
+        self._end(
+            {"success": True, "error": None, "weights": relative, "sha256": file_sha256(path)}
+        )
+
+    def _end(self, value: dict[str, Any]) -> None:
+        self.ended = value
+        self._tell("ended", None, value)
+
+    def _tell(self, kind: Any, epoch: int | None, value: Any) -> None:
+        self._report(Event(self.id, kind, epoch, value))
+
+    def dump(self) -> dict[str, Any]:
+        """The member for a checkpoint; an ended one keeps only its record."""
+        record: dict[str, Any] = {"history": self.history, "ended": self.ended}
+        if self.running:
+            scheduler = self.updater.scheduler
+            record["state"] = self.state.dump()
+            record["optimizer"] = self.updater.optimizer.state_dict()
+            record["scheduler"] = None if scheduler is None else scheduler.state_dict()
+        return record
+
+    def load(self, record: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.history, self.ended = record["history"], record["ended"]
+        if self.running:
+            self.state.load(record["state"])
+            self.updater.optimizer.load_state_dict(record["optimizer"])
+            if self.updater.scheduler is not None:
+                self.updater.scheduler.load_state_dict(record["scheduler"])

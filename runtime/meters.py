@@ -1,0 +1,72 @@
+"""Sums over an epoch that stay on the device until it ends."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from cgo.metrics import build_metric
+from cgo.model import TrainingSpec, metric_label
+
+#: Losses kept before they are folded into the sum; bounds memory, costs no synchronisation.
+_FOLD = 256
+
+
+class LossMeter:
+    """Mean loss over samples, in float64."""
+
+    def __init__(self) -> None:
+        self._losses: list[Tensor] = []
+        self._samples: list[int] = []
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    def add(self, loss: Tensor, samples: int) -> None:
+        """Count one batch's mean loss."""
+        self._losses.append(loss.detach())
+        self._samples.append(samples)
+        if len(self._losses) >= _FOLD:
+            self._fold()
+
+    def mean(self) -> float:
+        """The mean; synchronises with the device."""
+        self._fold()
+        return float("nan") if self._sum is None else float(self._sum) / self._count
+
+    def _fold(self) -> None:
+        if not self._losses:
+            return
+        losses = torch.stack([loss.reshape(()) for loss in self._losses]).double()
+        samples = torch.tensor(self._samples, dtype=torch.float64, device=losses.device)
+        folded = (losses * samples).sum()
+        self._sum = folded if self._sum is None else self._sum + folded
+        self._count += sum(self._samples)
+        self._losses, self._samples = [], []
+
+
+class EvaluationMeter:
+    """Validation loss and metrics of one model over the whole validation set."""
+
+    def __init__(self, training: TrainingSpec) -> None:
+        self._training = training
+        self._loss = LossMeter()
+        self._metrics: dict[str, Metric] = {}
+
+    def add(self, loss: Tensor, prediction: Tensor | None, target: Tensor, samples: int) -> None:
+        """Count one batch."""
+        self._loss.add(loss, samples)
+        for name in self._training.metrics:
+            if prediction is None:
+                raise TypeError("metrics need an output that is, or begins with, a tensor")
+            if name not in self._metrics:
+                metric = build_metric(name, prediction, target)
+                self._metrics[name] = metric.to(prediction.device)
+            self._metrics[name].update(prediction, target)
+
+    def values(self) -> dict[str, float]:
+        """`val_loss` and `val_<metric>`."""
+        row = {"val_loss": self._loss.mean()}
+        for name, metric in self._metrics.items():
+            row[f"val_{metric_label(name)}"] = float(metric.compute())
+        return row

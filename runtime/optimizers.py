@@ -1,0 +1,62 @@
+"""Optimizers, schedulers and clipping, one set a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cgo.errors import ModelError
+from cgo.model import TrainingSpec, optimizer_class, scheduler_class
+
+
+class Updater:
+    """Turns one model's gradients into new weights, as its training spec says."""
+
+    def __init__(self, training: TrainingSpec, parameters: Sequence[Tensor]) -> None:
+        """Raises `ModelError` when the optimizer or scheduler refuses what it is given."""
+        self.training = training
+        self.parameters = list(parameters)
+        try:
+            self.optimizer = optimizer_class(training.optimizer)(
+                self.parameters, **training.optimizer_kwargs
+            )
+            self.scheduler = None
+            if training.scheduler is not None:
+                self.scheduler = scheduler_class(training.scheduler)(
+                    self.optimizer, **training.scheduler_kwargs
+                )
+        except Exception as error:
+            raise ModelError(
+                f"optimizer {training.optimizer} or scheduler {training.scheduler} raised "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+        self._plain_zero_grad = type(self.optimizer).zero_grad is torch.optim.Optimizer.zero_grad
+
+    @property
+    def lr(self) -> float:
+        """The first parameter group's learning rate."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def zero_grad(self) -> None:
+        """Forget the last step's gradients."""
+        if self._plain_zero_grad:  # the same effect, without a profiler record a step
+            for parameter in self.parameters:
+                parameter.grad = None
+        else:
+            self.optimizer.zero_grad()
+
+    def step(self) -> None:
+        """Clip this model's own gradients, update, and step a scheduler that goes by steps."""
+        if self.training.grad_clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.training.grad_clip_norm)
+        self.optimizer.step()
+        if self.scheduler is not None and self.training.scheduler_interval == "step":
+            self.scheduler.step()
+
+    def end_epoch(self) -> None:
+        """Step a scheduler that goes by epochs."""
+        if self.scheduler is not None and self.training.scheduler_interval == "epoch":
+            self.scheduler.step()

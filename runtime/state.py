@@ -1,0 +1,177 @@
+"""What one model owns in a trial: its parameters, buffers and random stream."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cgo import weights
+from cgo.errors import ModelError
+from cgo.graph_data import GraphData, ModelEntry
+from cgo.imports import resolve
+from cgo.runtime.data import preserved_random_state, seed_all
+
+
+def build_module(
+    target: str, kwargs: dict[str, Any], seed: int, precision: str
+) -> tuple[nn.Module, RandomState]:
+    """Call a factory right after `torch.manual_seed(seed)`; returns its module and what the random
+    streams were when it returned.
+
+    Raises:
+        ModelError: the factory raised, or returned no module.
+    """
+    factory = resolve(target, field="module")
+    with preserved_random_state():
+        seed_all(seed)
+        try:
+            module = factory(**kwargs)
+        except Exception as error:
+            raise ModelError(f"factory {target} raised {type(error).__name__}: {error}") from error
+        if not isinstance(module, nn.Module):
+            raise ModelError(f"factory {target} returned a {type(module).__name__}, no nn.Module")
+        if precision == "float64":
+            module = module.double()
+        return module, RandomState.current()
+
+
+class RandomState:
+    """The three global random streams at one moment."""
+
+    def __init__(self, torch_state: Tensor, numpy_state: Any, python_state: Any) -> None:
+        self.torch_state = torch_state
+        self.numpy_state = numpy_state
+        self.python_state = python_state
+
+    @classmethod
+    def current(cls) -> RandomState:
+        """Read the global streams."""
+        return cls(torch.get_rng_state(), np.random.get_state(), random.getstate())
+
+    @classmethod
+    def seeded(cls, seed: int) -> RandomState:
+        """The streams right after seeding."""
+        with preserved_random_state():
+            seed_all(seed)
+            return cls.current()
+
+    def enter(self) -> None:
+        """Make these the global streams."""
+        torch.set_rng_state(self.torch_state)
+        np.random.set_state(self.numpy_state)
+        random.setstate(self.python_state)
+
+    def dump(self) -> dict[str, Any]:
+        """As plain values and tensors, for a checkpoint."""
+        name, keys, *rest = self.numpy_state
+        numbers = torch.from_numpy(np.asarray(keys).astype(np.int64))
+        return {
+            "torch": self.torch_state,
+            "numpy": [name, numbers, *rest],
+            "python": self.python_state,
+        }
+
+    @classmethod
+    def load(cls, values: dict[str, Any]) -> RandomState:
+        """The inverse of `dump`."""
+        name, numbers, *rest = values["numpy"]
+        version, internal, gauss = values["python"]
+        numpy_state = (name, numbers.numpy().astype(np.uint32), *rest)
+        return cls(values["torch"], numpy_state, (version, tuple(internal), gauss))
+
+
+class ModelState:
+    """Parameters and buffers of one model, by the module's own names, on the trial's device."""
+
+    def __init__(self, entry: ModelEntry, data: GraphData, device: torch.device) -> None:
+        self.entry = entry
+        self.device = device
+        self.module: nn.Module | None = None
+        if entry.factory is not None:
+            factory, precision = entry.factory, entry.training.precision
+            self.module, self.random = build_module(
+                factory.target, dict(factory.kwargs), entry.seed, precision
+            )
+            self.module.to(device)
+            self.tensors = _module_tensors(self.module)
+            self._check_shapes()
+        else:
+            assert entry.weights is not None
+            self.random = RandomState.seeded(entry.seed)
+            self.tensors = self._loaded(weights.load(data.base / entry.weights.file))
+        self.generator = torch.Generator(device=device)
+        if device.type == "cpu":
+            self.generator.set_state(self.random.torch_state)
+        else:
+            self.generator.manual_seed(entry.seed)
+
+    def _loaded(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for entry in self.entry.state:
+            if entry.alias_of is not None:
+                tensors[entry.path] = tensors[entry.alias_of]
+                continue
+            tensor = stored[entry.path].to(self.device)
+            if entry.kind == "parameter":
+                tensor = nn.Parameter(tensor, requires_grad=entry.trainable)
+            tensors[entry.path] = tensor
+        return tensors
+
+    def _check_shapes(self) -> None:
+        for entry in self.entry.state:
+            tensor = self.tensors.get(entry.path)
+            if tensor is None or tuple(tensor.shape) != entry.shape:
+                found = None if tensor is None else tuple(tensor.shape)
+                raise ModelError(
+                    f"the factory built {entry.path} of shape {found} here and {entry.shape} when "
+                    "the model was submitted; a factory must build the same module each time"
+                )
+
+    def parameters(self) -> list[Tensor]:
+        """Each parameter once, in the module's own order."""
+        return [
+            self.tensors[entry.path]
+            for entry in self.entry.state
+            if entry.kind == "parameter" and entry.alias_of is None
+        ]
+
+    def named_gradients(self) -> dict[str, Tensor | None]:
+        """The gradient of every parameter, None where it has none."""
+        return {
+            entry.path: self.tensors[entry.path].grad
+            for entry in self.entry.state
+            if entry.kind == "parameter" and entry.alias_of is None
+        }
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What the module's own `state_dict` would hold, and the aliases among it."""
+        kept = [entry for entry in self.entry.state if entry.persistent]
+        tensors = {e.path: self.tensors[e.path] for e in kept if e.alias_of is None}
+        return tensors, {e.path: e.alias_of for e in kept if e.alias_of is not None}
+
+    def dump(self) -> dict[str, Any]:
+        """Everything a checkpoint needs, as tensors and plain values."""
+        own = [entry.path for entry in self.entry.state if entry.alias_of is None]
+        return {
+            "tensors": {path: self.tensors[path].detach().clone() for path in own},
+            "generator": self.generator.get_state(),
+            "random": self.random.dump(),
+        }
+
+    def load(self, values: dict[str, Any]) -> None:
+        """Go back to what `dump` gave."""
+        with torch.no_grad():
+            for path, tensor in values["tensors"].items():
+                self.tensors[path].copy_(tensor)
+        self.generator.set_state(values["generator"])
+        self.random = RandomState.load(values["random"])
+
+
+def _module_tensors(module: nn.Module) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    tensors |= dict(module.named_buffers(remove_duplicate=False))
+    return tensors

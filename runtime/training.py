@@ -1,0 +1,273 @@
+"""The training loop of a trial."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cgo import weights
+from cgo.errors import CgoError, DataError
+from cgo.events import Event
+from cgo.graph import ModelId
+from cgo.graph_data import GraphData, ModelEntry
+from cgo.runtime import checkpoint
+from cgo.runtime.data import Leaves, Loader, open_data, target_of
+from cgo.runtime.lanes import MergedLanes, OpaqueLane, Outcome, Result
+from cgo.runtime.member import Member, Report
+from cgo.runtime.meters import EvaluationMeter
+
+
+class Observer(Protocol):
+    """Sees every step, for tests and measurements; each call may cost a synchronisation."""
+
+    def on_loss(self, model: ModelId, step: int, loss: Tensor) -> None:
+        """A model's training loss in its step `step` (from 0, over all epochs)."""
+
+    def on_gradients(
+        self, model: ModelId, step: int, gradients: Mapping[str, Tensor | None]
+    ) -> None:
+        """Its gradients before clipping, by parameter name."""
+
+
+def train(
+    data: GraphData,
+    folder: Path,
+    report: Callable[[Event], None],
+    *,
+    observer: Observer | None = None,
+    device: torch.device | None = None,
+) -> dict[ModelId, float]:
+    """Train all models of a document, and say what happens to each.
+
+    Args:
+        data: What to train.
+        folder: Where weights and the checkpoint go; with a checkpoint in it, training goes on.
+        report: Called with each event, in order.
+        observer: Sees every step.
+        device: Where to train; default is the first CUDA device, or the CPU.
+
+    Returns:
+        Each trained model's final metric, aliases included.
+
+    Raises:
+        GraphDataError: files that the document refers to are missing or changed.
+        TrialError: the checkpoint in the folder cannot be read.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data.check_files()
+    trial = _Trial(data, folder, report, observer, device)
+    trial.run()
+    return trial.metrics()
+
+
+class _Trial:
+    def __init__(
+        self,
+        data: GraphData,
+        folder: Path,
+        report: Report,
+        observer: Observer | None,
+        device: torch.device,
+    ) -> None:
+        started = time.perf_counter()
+        self.data, self.folder, self.report, self.device = data, folder, report, device
+        self.members: dict[ModelId, Member] = {}
+        for entry in data.models:
+            member = self._member(entry)
+            if member is not None:
+                self.members[entry.id] = member
+        self._resume()
+        constants = self._constants()
+        self.cohorts = [
+            Cohort(data, key, members, constants, device, observer)
+            for key, members in self._by_data().items()
+        ]
+        seconds = time.perf_counter() - started
+        self._tell("lowered", models=len(self.members), loaders=len(self.cohorts), seconds=seconds)
+
+    def _member(self, entry: ModelEntry) -> Member | None:
+        try:
+            return Member(entry, self.data, self.device, self.folder, self.report)
+        except CgoError as error:
+            ended = {"success": False, "error": str(error), "weights": None, "sha256": None}
+            self.report(Event(entry.id, "ended", None, ended))
+            return None
+
+    def _resume(self) -> None:
+        records = checkpoint.load(self.folder) or {}
+        for id_, member in self.members.items():
+            if id_ in records:
+                member.load(records[id_])
+
+    def _constants(self) -> dict[str, Tensor]:
+        if self.data.constants is None:
+            return {}
+        stored = weights.load(self.data.base / self.data.constants.file)
+        return {content: value.to(self.device) for content, value in stored.items()}
+
+    def _by_data(self) -> dict[str, list[Member]]:
+        grouped: dict[str, list[Member]] = {}
+        for member in self.members.values():
+            grouped.setdefault(member.entry.data, []).append(member)
+        return grouped
+
+    def run(self) -> None:
+        """Train epoch by epoch; models of different loaders take turns."""
+        for member in self.members.values():
+            member.start()
+        while any(member.running for member in self.members.values()):
+            for cohort in self.cohorts:
+                if cohort.running():
+                    cohort.epoch()
+            checkpoint.save(self.folder, {id_: m.dump() for id_, m in self.members.items()})
+        self._tell("finished")
+
+    def metrics(self) -> dict[ModelId, float]:
+        """Final metrics of what was trained."""
+        found = {
+            id_: member.history[-1][member.entry.training.metric_name]
+            for id_, member in self.members.items()
+            if member.ended is not None and member.ended["success"]
+        }
+        return found | {a: found[twin] for a, twin in self.data.aliases.items() if twin in found}
+
+    def _tell(self, what: str, **figures: Any) -> None:
+        self.report(Event("", "trial", None, {"what": what, **figures}))
+
+
+class Cohort:
+    """The models that share a loader; they see the same batches in the same order."""
+
+    def __init__(
+        self,
+        data: GraphData,
+        key: str,
+        members: Sequence[Member],
+        constants: Mapping[str, Tensor],
+        device: torch.device,
+        observer: Observer | None,
+    ) -> None:
+        self.spec = data.data[key]
+        self.members = {member.id: member for member in members}
+        self.observer = observer
+        self.device = device
+        captured = [member for member in members if member.entry.opaque is None]
+        self.merged = MergedLanes(data.graph, captured, constants, device)
+        self.opaque = {m.id: OpaqueLane(m) for m in members if m.entry.opaque is not None}
+        self._loader: Loader | None = None
+
+    def running(self) -> list[Member]:
+        """Models that still train."""
+        return [member for member in self.members.values() if member.running]
+
+    def epoch(self) -> None:
+        """One epoch of every running model that is furthest behind, then its evaluation."""
+        behind = min(len(member.history) for member in self.running())
+        members = [member for member in self.running() if len(member.history) == behind]
+        started = time.perf_counter()
+        for member in members:
+            member.begin_epoch()
+        try:
+            loader = self._open()
+            self._train(loader, behind, members)
+            members = [member for member in members if member.running]
+            rows = self._evaluate(loader, members) if members else {}
+        except DataError as error:
+            self._fail_all(members, error)
+            return
+        seconds = time.perf_counter() - started
+        for member in members:
+            if member.running:
+                member.updater.end_epoch()
+                member.end_epoch(rows[member.id], seconds)
+            if not member.running:
+                self.merged.forget(member.id)
+
+    def _open(self) -> Loader:
+        if self._loader is None:
+            self._loader = Loader(open_data(self.spec), self.device)
+        return self._loader
+
+    def _fail_all(self, members: Sequence[Member], error: DataError) -> None:
+        for member in members:
+            if member.running:
+                self._fail(member, error)
+
+    def _fail(self, member: Member, error: Exception) -> None:
+        text = str(error) if isinstance(error, CgoError) else f"{type(error).__name__}: {error}"
+        member.fail(text)
+        self.merged.forget(member.id)
+
+    def _train(self, loader: Loader, epoch: int, members: Sequence[Member]) -> None:
+        step = epoch * len(loader.data.train_sizes)
+        running = [member for member in members if member.running]
+        for size, leaves in loader.train(epoch):
+            for member in running:
+                member.updater.zero_grad()
+            for member, outcome in self._compute(running, leaves, size, training=True):
+                if isinstance(outcome, Result):
+                    self._update(member, outcome, size, step)
+                else:
+                    self._fail(member, outcome)
+            step += 1
+            if any(member.ended is not None for member in running):
+                running = [member for member in running if member.running]
+                if not running:
+                    return
+
+    def _update(self, member: Member, result: Result, size: int, step: int) -> None:
+        if self.observer is not None:
+            self.observer.on_loss(member.id, step, result.loss.detach())
+            self.observer.on_gradients(member.id, step, member.state.named_gradients())
+        member.train_loss.add(result.loss, size)
+        try:
+            member.updater.step()
+        except Exception as error:
+            self._fail(member, error)
+
+    def _evaluate(
+        self, loader: Loader, members: Sequence[Member]
+    ) -> dict[ModelId, dict[str, float]]:
+        meters = {member.id: EvaluationMeter(member.entry.training) for member in members}
+        for size, leaves in loader.validation():
+            running = [member for member in members if member.running]
+            for member, outcome in self._compute(running, leaves, size, training=False):
+                try:
+                    if isinstance(outcome, Exception):
+                        raise outcome
+                    target = target_of(leaves)
+                    meters[member.id].add(outcome.loss, outcome.prediction, target, size)
+                except Exception as error:
+                    self._fail(member, error)
+        return self._values(meters)
+
+    def _values(self, meters: Mapping[ModelId, EvaluationMeter]) -> dict[ModelId, dict[str, float]]:
+        rows = {}
+        for id_, meter in meters.items():
+            if self.members[id_].running:
+                try:
+                    rows[id_] = meter.values()
+                except Exception as error:
+                    self._fail(self.members[id_], error)
+        return rows
+
+    def _compute(
+        self, members: Sequence[Member], leaves: Leaves, size: int, *, training: bool
+    ) -> list[tuple[Member, Outcome]]:
+        merged = [member.id for member in members if member.entry.opaque is None]
+        outcomes: list[tuple[Member, Outcome]] = []
+        if merged:
+            compute = self.merged.train if training else self.merged.evaluate
+            found = compute(merged, leaves, size)
+            outcomes += [(self.members[id_], outcome) for id_, outcome in found.items()]
+        if len(merged) < len(members):
+            for member in members:
+                if (lane := self.opaque.get(member.id)) is not None:
+                    outcome = lane.train(leaves) if training else lane.evaluate(leaves)
+                    outcomes.append((member, outcome))
+        return outcomes
