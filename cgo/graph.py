@@ -8,8 +8,9 @@ what passes have merged); an `Output` says which program and which model a value
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from cgo.errors import GraphError
 
@@ -59,6 +60,8 @@ class Node:
       in the batch), leaf (path in the batch: "input", "input.0", "input.mask", "target")
     - `cgo.parameter`: model, path, trainable, content (hash of a frozen one's value, else "")
     - `cgo.buffer`: model, path, content (hash of its first value)
+    - parameters and buffers that passes have shared: twins, the (model, path) of each further
+      one that this node stands for; `prune` moves the node to a twin when its model is gone
     - `cgo.constant`: content (hash; the value is in the document's constants file)
     """
 
@@ -72,7 +75,10 @@ class Node:
 
     def keyword(self, key: str) -> Argument:
         """The keyword argument `key`, or None."""
-        return dict(self.kwargs).get(key)
+        for name, value in self.kwargs:
+            if name == key:
+                return value
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +104,8 @@ class Graph:
 
 
 SOURCES = frozenset({"cgo.input", "cgo.parameter", "cgo.buffer", "cgo.constant"})
+#: Sources that a model owns: their keyword arguments name it and the path in its module.
+STATE = frozenset({"cgo.parameter", "cgo.buffer"})
 
 
 def references(argument: Argument) -> Iterator[Ref]:
@@ -115,6 +123,25 @@ def inputs_of(node: Node) -> Iterator[Ref]:
         yield from references(argument)
     for _, argument in node.kwargs:
         yield from references(argument)
+
+
+def homes(node: Node) -> tuple[tuple[ModelId, str], ...]:
+    """The (model, path) of each parameter or buffer that a node stands for; first its own."""
+    model, path, twins = (node.keyword(key) for key in ("model", "path", "twins"))
+    if type(model) is not str or type(path) is not str:
+        return ()
+    others = twins if type(twins) is tuple else ()
+    return ((model, path), *others)  # type: ignore[arg-type]
+
+
+def with_homes(node: Node, places: Sequence[tuple[ModelId, str]]) -> Node:
+    """The same parameter or buffer, standing for other `homes`."""
+    kwargs: dict[str, Argument] = dict(node.kwargs)
+    kwargs.pop("twins", None)
+    (kwargs["model"], kwargs["path"]), *twins = places
+    if twins:
+        kwargs["twins"] = tuple(twins)
+    return replace(node, kwargs=tuple(sorted(kwargs.items())))
 
 
 def map_references(argument: Argument, change: Callable[[Ref], Argument]) -> Argument:
@@ -151,30 +178,40 @@ def rebuild(graph: Graph, nodes: Iterable[Node], renamed: Mapping[str, str]) -> 
 def prune(graph: Graph) -> Graph:
     """Drop what no output needs, and give each node exactly the owners that need it."""
     owners = needed_by(graph)
-    nodes = tuple(
-        node if node.owners == owners[node.name] else replace(node, owners=owners[node.name])
-        for node in graph.nodes
-        if node.name in owners
-    )
+    nodes = tuple(_owned(node, owners[node.name]) for node in graph.nodes if node.name in owners)
     return graph if _same(nodes, graph.nodes) else Graph(nodes, graph.outputs)
+
+
+def _owned(node: Node, owners: frozenset[ModelId]) -> Node:
+    """The node with these owners; a parameter or buffer stands for no other model's."""
+    if node.owners == owners:
+        return node
+    if node.op in STATE:
+        places = homes(node)
+        kept = [place for place in places if place[0] in owners]
+        if kept and len(kept) < len(places):
+            node = with_homes(node, kept)
+    return replace(node, owners=owners)
 
 
 def needed_by(graph: Graph) -> dict[str, frozenset[ModelId]]:
     """For each node that some output needs, the models whose outputs need it."""
-    owners: dict[str, frozenset[ModelId]] = {}
+    # Sets of models are the bits of an integer: a union is one operation, and few are distinct.
+    bits: dict[ModelId, int] = {}
+    masks: dict[str, int] = {}
     for output in graph.outputs:
-        owners[output.ref.name] = owners.get(output.ref.name, frozenset()) | {output.model}
+        bit = bits.setdefault(output.model, 1 << len(bits))
+        masks[output.ref.name] = masks.get(output.ref.name, 0) | bit
     for node in reversed(graph.nodes):
-        mine = owners.get(node.name)
-        if mine is None:
-            continue
-        for ref in inputs_of(node):
-            theirs = owners.get(ref.name)
-            if theirs is None:
-                owners[ref.name] = mine
-            elif not mine <= theirs:
-                owners[ref.name] = theirs | mine
-    return owners
+        mine = masks.get(node.name)
+        if mine is not None:
+            for ref in inputs_of(node):
+                masks[ref.name] = masks.get(ref.name, 0) | mine
+    sets = {
+        mask: frozenset(model for model, bit in bits.items() if mask & bit)
+        for mask in set(masks.values())
+    }
+    return {name: sets[mask] for name, mask in masks.items()}
 
 
 def restrict(
@@ -203,36 +240,90 @@ def verify(graph: Graph) -> None:
 
     Raises:
         GraphError: a duplicate name, a reference to nothing or to a later node, an output index
-            out of range, unsorted keywords, or owners that are not exactly the models in need.
+            out of range, unsorted keywords, an argument that is no `Argument`, a source with
+            references, a graph output given twice, owners that are not exactly the models in
+            need, or a parameter or buffer of a model that does not own it.
     """
-    seen: dict[str, Node] = {}
+    sizes: dict[str, int] = {}  # outputs of each node
     for node in graph.nodes:
-        if node.name in seen:
+        if node.name in sizes:
             raise GraphError(f"two nodes are called %{node.name}")
-        if list(node.kwargs) != sorted(node.kwargs, key=lambda item: item[0]):
-            raise GraphError(f"%{node.name}: keyword arguments are not sorted")
-        if not node.types:
-            raise GraphError(f"%{node.name}: a node has at least one output")
-        for ref in inputs_of(node):
-            _check_ref(ref, seen, f"%{node.name}")
-        seen[node.name] = node
-    for output in graph.outputs:
-        _check_ref(output.ref, seen, f"output {output.role} of model {output.model!r}")
+        _check_form(node)
+        refs = _checked_references(node)
+        if refs and node.op in SOURCES:
+            raise GraphError(f"%{node.name}: a {node.op} takes no references")
+        for ref in refs:
+            _check_ref(ref, sizes, f"%{node.name}")
+        sizes[node.name] = len(node.types)
+    _check_outputs(graph, sizes)
     owners = needed_by(graph)
     for node in graph.nodes:
-        needed = owners.get(node.name, frozenset())
-        if node.owners != needed:
+        _check_owners(node, owners.get(node.name, frozenset()))
+
+
+def _check_form(node: Node) -> None:
+    for (left, _), (right, _) in pairwise(node.kwargs):
+        if left >= right:
+            raise GraphError(f"%{node.name}: keyword arguments are not sorted, or one is repeated")
+    if not node.types:
+        raise GraphError(f"%{node.name}: a node has at least one output")
+
+
+_LITERALS = frozenset({type(None), bool, int, float, str, Symbol})
+
+
+def _checked_references(node: Node) -> list[Ref]:
+    refs: list[Ref] = []
+    pending: list[object] = [*node.args, *(value for _, value in node.kwargs)]
+    while pending:
+        argument = pending.pop()
+        kind = type(argument)
+        if kind is Ref:
+            refs.append(argument)  # type: ignore[arg-type]
+        elif kind is tuple:
+            pending.extend(argument)  # type: ignore[arg-type]
+        elif kind not in _LITERALS:
             raise GraphError(
-                f"%{node.name}: owned by {sorted(node.owners)}, needed by {sorted(needed)}"
+                f"%{node.name}: {argument!r} of type {kind.__name__} cannot be an argument"
             )
+    return refs
 
 
-def _check_ref(ref: Ref, seen: Mapping[str, Node], where: str) -> None:
-    if ref.name not in seen:
+def _check_ref(ref: Ref, sizes: Mapping[str, int], where: str) -> None:
+    if ref.name not in sizes:
         raise GraphError(f"{where} reads %{ref.name}, which is not defined before it")
-    if not 0 <= ref.index < len(seen[ref.name].types):
-        raise GraphError(f"{where} reads output {ref.index} of %{ref.name}, which has "
-                         f"{len(seen[ref.name].types)}")
+    if not 0 <= ref.index < sizes[ref.name]:
+        raise GraphError(
+            f"{where} reads output {ref.index} of %{ref.name}, which has {sizes[ref.name]}"
+        )
+
+
+def _check_outputs(graph: Graph, sizes: Mapping[str, int]) -> None:
+    given: set[tuple[ModelId, str, str, str]] = set()
+    for output in graph.outputs:
+        where = f"output {output.role} of model {output.model!r}"
+        _check_ref(output.ref, sizes, where)
+        identity = (output.model, output.program, output.role, output.key)
+        if identity in given:
+            key = f" {output.key!r}" if output.key else ""
+            raise GraphError(f"{where}{key} is given twice in program {output.program!r}")
+        given.add(identity)
+
+
+def _check_owners(node: Node, needed: frozenset[ModelId]) -> None:
+    if node.owners != needed:
+        raise GraphError(
+            f"%{node.name}: owned by {sorted(node.owners)}, needed by {sorted(needed)}"
+        )
+    if node.op in STATE:
+        for place in homes(node):
+            if type(place) is not tuple or [type(part) for part in place] != [str, str]:
+                raise GraphError(f"%{node.name}: twin {place!r} is no (model, path)")
+            model, path = place
+            if model not in needed:
+                raise GraphError(
+                    f"%{node.name}: stands for {path!r} of model {model!r}, which does not own it"
+                )
 
 
 def _same(left: tuple[Node, ...], right: tuple[Node, ...]) -> bool:
@@ -249,7 +340,7 @@ def format_type(type_: TensorType | None) -> str:
     if type_ is None:
         return "none"
     letters = type_.dtype.rstrip("0123456789")
-    text = f"{_SHORT.get(letters, letters)}{type_.dtype[len(letters):]}{list(type_.shape)}"
+    text = f"{_SHORT.get(letters, letters)}{type_.dtype[len(letters) :]}{list(type_.shape)}"
     return text if type_.stride is None else f"{text}@{list(type_.stride)}"
 
 

@@ -10,8 +10,9 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -38,6 +39,7 @@ from cgo.graph import (
     TensorType,
     verify,
 )
+from cgo.imports import is_import_path
 from cgo.model import DataSpec, TrainingSpec, describe
 from cgo.operators import known
 
@@ -134,8 +136,8 @@ class GraphData:
                 "merge fewer models a trial"
             )
         try:
-            document = json.loads(text)
-        except ValueError as error:
+            document = json.loads(text, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
             raise GraphDataError(f"not a JSON document: {error}") from error
         return cls.load(document, base=base)
 
@@ -175,10 +177,17 @@ class GraphData:
                 )
 
 
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while chunk := stream.read(2**20):
+            digest.update(chunk)
+        return digest.hexdigest()
 
 
 # --- wire form --------------------------------------------------------------------------------
@@ -228,7 +237,59 @@ class _Document(BaseModel):
 
 def schema() -> dict[str, Any]:
     """The JSON schema of a document; published as `cgo/graph_data.schema.json`."""
-    return _Document.model_json_schema()
+    document = _Document.model_json_schema()
+    argument = {"$ref": "#/$defs/Argument"}
+    nodes = document["$defs"]["_NodeDoc"]["properties"]
+    nodes["args"]["items"] = argument
+    nodes["kwargs"]["additionalProperties"] = argument
+    document["$defs"]["_OutputDoc"]["properties"]["ref"] = {"$ref": "#/$defs/Reference"}
+    document["$defs"] |= _ARGUMENT_SCHEMA
+    return document
+
+
+_ARGUMENT_SCHEMA: dict[str, Any] = {
+    "Argument": {
+        "description": "A reference, a torch constant, a float that JSON lacks, or a literal.",
+        "anyOf": [
+            {"$ref": "#/$defs/Reference"},
+            {
+                "type": "object",
+                "properties": {
+                    "symbol": {
+                        "type": "array",
+                        "prefixItems": [{"type": "string"}, {"type": "string"}],
+                        "minItems": 2,
+                        "maxItems": 2,
+                    }
+                },
+                "required": ["symbol"],
+                "additionalProperties": False,
+            },
+            {
+                "type": "object",
+                "properties": {"float": {"enum": ["inf", "-inf", "nan"]}},
+                "required": ["float"],
+                "additionalProperties": False,
+            },
+            {"type": "array", "items": {"$ref": "#/$defs/Argument"}},
+            {"type": ["null", "boolean", "number", "string"]},
+        ],
+    },
+    "Reference": {
+        "description": "An output of a node: its name and the output's index.",
+        "type": "object",
+        "properties": {
+            "ref": {
+                "type": "array",
+                "prefixItems": [{"type": "string"}, {"type": "integer", "minimum": 0}],
+                "minItems": 2,
+                "maxItems": 2,
+            }
+        },
+        "required": ["ref"],
+        "additionalProperties": False,
+    },
+}
 
 
 _ENTRY = TypeAdapter(ModelEntry)
@@ -289,54 +350,69 @@ def encode_argument(argument: Argument) -> Any:
     """An argument as JSON: {"ref": [name, index]}, {"symbol": [kind, value]}, lists, scalars.
 
     Floats that JSON lacks are {"float": "inf"}.
-    """
-    if type(argument) is Ref:
-        return {"ref": [argument.name, argument.index]}
-    if type(argument) is Symbol:
-        return {"symbol": [argument.kind, argument.value]}
-    if type(argument) is tuple:
-        return [encode_argument(item) for item in argument]
-    if type(argument) is float and not math.isfinite(argument):
-        return {"float": repr(argument)}
-    return argument
-
-
-def decode_argument(value: Any) -> Argument:
-    """The inverse of `encode_argument`.
 
     Raises:
         GraphDataError: not an argument.
     """
-    match value:
-        case None | bool() | int() | float() | str():
-            return value
-        case list():
-            return tuple(decode_argument(item) for item in value)
-        case {"ref": [str(name), int(index)]} if len(value) == 1:
-            return Ref(name, index)
-        case {"symbol": [str(kind), str(text)]} if len(value) == 1:
-            return Symbol(kind, text)
-        case {"float": "inf" | "-inf" | "nan" as text} if len(value) == 1:
-            return float(text)
-    raise GraphDataError(f"not an argument: {json.dumps(value)[:100]}")
+    kind = type(argument)
+    if kind is Ref:
+        return {"ref": [argument.name, argument.index]}  # type: ignore[union-attr]
+    if kind is tuple:
+        return [encode_argument(item) for item in argument]  # type: ignore[union-attr]
+    if kind is Symbol:
+        return {"symbol": [argument.kind, argument.value]}  # type: ignore[union-attr]
+    if kind is float and not math.isfinite(argument):  # type: ignore[arg-type]
+        return {"float": repr(argument)}
+    if argument is None or kind in (bool, int, float, str):
+        return argument
+    raise GraphDataError(f"{argument!r} of type {kind.__name__} cannot be an argument")
+
+
+#: Levels of lists in an argument; operators take two.
+MAX_DEPTH = 32
+
+
+def decode_argument(value: Any, depth: int = 0) -> Argument:
+    """The inverse of `encode_argument`.
+
+    Raises:
+        GraphDataError: not an argument, or nested too deeply.
+    """
+    kind = type(value)
+    if value is None or kind in (bool, int, float, str):
+        return value  # type: ignore[no-any-return]
+    if kind is list and depth < MAX_DEPTH:
+        return tuple([decode_argument(item, depth + 1) for item in value])
+    if kind is dict and len(value) == 1:
+        match value:
+            case {"ref": [str(name), int(index)]} if type(index) is int:
+                return Ref(name, index)
+            case {"symbol": [str(which), str(text)]}:
+                return Symbol(which, text)
+            case {"float": "inf" | "-inf" | "nan" as text}:
+                return float(text)
+    if depth == MAX_DEPTH:
+        raise GraphDataError("an argument is nested too deeply")
+    raise GraphDataError(f"not an argument: {value!r:.100}")
 
 
 def _decode(document: Any, base: Path) -> GraphData:
     if not isinstance(document, dict):
         raise GraphDataError(f"a document is a JSON object, not {type(document).__name__}")
-    if document.get("version") != VERSION:
+    version = document.get("version")
+    if version != VERSION or type(version) is not int:  # True == 1
         raise GraphDataVersionError(
-            f"document version {document.get('version')!r}; this package reads version {VERSION}; "
+            f"document version {version!r}; this package reads version {VERSION}; "
             "submit the models again with one version of cgo-engine on both sides"
         )
     try:
         read = _Document.model_validate(document)
+        nodes = tuple([_decode_node(node) for node in read.nodes])
+        outputs = tuple([_decode_output(output) for output in read.outputs])
     except SpecError as error:
         raise GraphDataError(f"refused: {error}") from error
     except ValidationError as error:
         raise GraphDataError(f"refused: {describe(error)}") from error
-    nodes = tuple(_decode_node(node) for node in read.nodes)
-    outputs = tuple(_decode_output(output) for output in read.outputs)
     graph = Graph(nodes, outputs)
     try:
         verify(graph)
@@ -390,20 +466,50 @@ def _decode_output(output: _OutputDoc) -> Output:
 
 
 def _check_references(data: GraphData) -> None:
-    """Models are unique, their data is there, and the graph names no other model."""
-    ids = [model.id for model in data.models]
-    if len(set(ids)) < len(ids):
-        raise GraphDataError("refused: two models have the same id")
+    """Models are unique, their data is there, and the graph and the aliases name no other model."""
+    ids = {model.id for model in data.models}
+    if len(ids) < len(data.models):
+        twice = next(i for i, n in Counter(model.id for model in data.models).items() if n > 1)
+        raise GraphDataError(f"refused: two models have the id {twice!r}")
     for model in data.models:
-        if model.data not in data.data:
-            raise GraphDataError(f"model {model.id!r}: data {model.data!r} is not in the document")
-        if (model.factory is None) == (model.weights is None):
-            raise GraphDataError(f"model {model.id!r}: needs either a factory or weights")
-        if model.opaque is not None and model.factory is None:
-            raise GraphDataError(f"model {model.id!r}: an opaque model needs a factory")
+        _check_model(model, data)
+    if data.constants is not None:
+        _check_beside("constants", data.constants)
     for output in data.graph.outputs:
         if output.model not in ids:
             raise GraphDataError(f"an output is for model {output.model!r}, which is not there")
+    for node in data.graph.nodes:
+        if node.op == "cgo.input" and node.keyword("data") not in data.data:
+            raise GraphDataError(
+                f"%{node.name}: data {node.keyword('data')!r} is not in the document"
+            )
+        if node.op == "cgo.constant" and data.constants is None:
+            raise GraphDataError(f"%{node.name}: the document has no file of constants")
     for alias, twin in data.aliases.items():
         if twin not in ids or alias in ids:
-            raise GraphDataError(f"alias {alias!r} of {twin!r}: the twin must be a model, and the alias none")
+            raise GraphDataError(
+                f"alias {alias!r} of {twin!r}: the twin must be a model, and the alias none"
+            )
+
+
+def _check_model(model: ModelEntry, data: GraphData) -> None:
+    if model.data not in data.data:
+        raise GraphDataError(f"model {model.id!r}: data {model.data!r} is not in the document")
+    if (model.factory is None) == (model.weights is None):
+        raise GraphDataError(f"model {model.id!r}: needs either a factory or weights")
+    if model.opaque is not None and model.factory is None:
+        raise GraphDataError(f"model {model.id!r}: an opaque model needs a factory")
+    if model.weights is not None:
+        _check_beside(f"weights of model {model.id!r}", model.weights)
+    if model.factory is not None and not is_import_path(model.factory.target):
+        raise GraphDataError(
+            f"model {model.id!r}: factory {model.factory.target!r} is not of the form "
+            "'package.module:name'"
+        )
+
+
+def _check_beside(what: str, reference: FileRef) -> None:
+    """A document read from elsewhere must not reach for files outside its own folder."""
+    for path in (PurePosixPath(reference.file), PureWindowsPath(reference.file)):
+        if path.is_absolute() or path.drive or ".." in path.parts:
+            raise GraphDataError(f"{what}: {reference.file!r} does not lie beside the document")

@@ -44,8 +44,7 @@ def resolve(path: str, *, field: str = "import path") -> Any:
         found: Any = importlib.import_module(module_name)
     except Exception as error:
         raise ImportPathError(
-            f"{field}: cannot import {module_name!r} of {path!r}: "
-            f"{type(error).__name__}: {error}"
+            f"{field}: cannot import {module_name!r} of {path!r}: {type(error).__name__}: {error}"
         ) from error
     for part in attribute.split("."):
         if not hasattr(found, part):

@@ -42,7 +42,7 @@ def describe(error: ValidationError) -> str:
 
 def _raises_spec_error(cls: type) -> type:
     """Let a pydantic dataclass raise `SpecError` from its constructor."""
-    validate = cls.__init__
+    validate = cls.__init__  # type: ignore[misc]
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         try:
@@ -337,7 +337,9 @@ class Model:
         if not isinstance(data, DataSpec):
             raise SpecError(f"Model: data: expected a DataSpec, got {type(data).__name__}")
         if not isinstance(training, TrainingSpec):
-            raise SpecError(f"Model: training: expected a TrainingSpec, got {type(training).__name__}")
+            raise SpecError(
+                f"Model: training: expected a TrainingSpec, got {type(training).__name__}"
+            )
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise SpecError(f"Model: seed: expected an integer from 0 below 2**63, got {seed!r}")
         model_id = uuid.uuid4().hex[:12] if model_id is None else model_id
@@ -368,7 +370,9 @@ class Model:
             SpecError: the model has not been trained.
         """
         if self._load_state is None:
-            raise SpecError(f"model {self.model_id!r} is {self.status.value}: it has no weights yet")
+            raise SpecError(
+                f"model {self.model_id!r} is {self.status.value}: it has no weights yet"
+            )
         return self._load_state()
 
     def copy(self) -> Model:
@@ -417,4 +421,4 @@ def best(models: Iterable[Model]) -> Model | None:
     if not rated:
         return None
     choose = max if modes == {"max"} else min
-    return choose(rated, key=lambda model: model.metric)
+    return choose(rated, key=lambda model: float(model.metric or 0.0))

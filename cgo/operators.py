@@ -1,4 +1,4 @@
-"""Which operators a graph may contain, and which of them are safe to share."""
+"""Which operators a graph may contain; `cgo.passes.sharing` says which may be shared."""
 
 from __future__ import annotations
 
@@ -24,10 +24,14 @@ def aten(op: str) -> Any | None:
     import torch
 
     parts = op.split(".")
-    if len(parts) != 3 or parts[0] != "aten" or parts[1].startswith("__"):
+    if len(parts) != 3 or parts[0] != "aten":
         return None
     packet = getattr(torch.ops.aten, parts[1], None)
-    return getattr(packet, parts[2], None) if packet is not None else None
+    # A namespace and a packet have attributes of their own, such as "name" and "op".
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
+        return None
+    overload = getattr(packet, parts[2], None)
+    return overload if isinstance(overload, torch._ops.OpOverload) else None
 
 
 @cache

@@ -18,7 +18,7 @@ from cgo import weights
 from cgo.capture import Captured, Capturer, Examples
 from cgo.errors import CgoError
 from cgo.graph import Graph, ModelId
-from cgo.graph_data import FileRef, GraphData, file_sha256
+from cgo.graph_data import FileRef, GraphData, ModelEntry, file_sha256
 from cgo.model import DataSpec, Model, as_json, digest_of
 from cgo.passes.alias_models import AliasModels, find_aliases
 from cgo.passes.dedup_inputs import dedup_inputs
@@ -157,7 +157,8 @@ class Planner:
         folder: Path,
     ) -> GraphData:
         folder.mkdir(parents=True, exist_ok=True)
-        entries, constants = [], {}
+        entries: list[ModelEntry] = []
+        constants: dict[str, Tensor] = {}
         for model in models:
             item = captured[model.model_id]
             entry = item.entry

@@ -34,8 +34,10 @@ def save(
         state: Tensors by name; a view is written as its own elements only.
         aliases: Further names of tensors in `state` (tied weights).
     """
-    tensors = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-               for name, tensor in state.items()}
+    tensors = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in state.items()
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial, metadata={"aliases": json.dumps(dict(aliases or {}))})

@@ -41,8 +41,10 @@ def load(folder: Path) -> dict[str, Any] | None:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise TrialError(f"cannot read checkpoint {path}: {error}; remove it to start over") from error
-    if found.get("version") != VERSION:
-        raise TrialError(f"checkpoint {path} has version {found.get('version')}, expected {VERSION}")
+        raise TrialError(
+            f"cannot read checkpoint {path}: {error}; remove it to start over"
+        ) from error
+    if (version := found.get("version")) != VERSION:
+        raise TrialError(f"checkpoint {path} has version {version}, expected {VERSION}")
     members: dict[str, Any] = found["members"]
     return members

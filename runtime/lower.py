@@ -117,9 +117,7 @@ def _region(
 ) -> _Region:
     nodes = [n for n in part.nodes if n.op not in HANDED and settings[n.name] == setting]
     writes = tuple(
-        index
-        for index, output in enumerate(part.outputs)
-        if settings[output.ref.name] == setting
+        index for index, output in enumerate(part.outputs) if settings[output.ref.name] == setting
     )
     needed = {ref.name for node in nodes for ref in inputs_of(node)}
     needed |= {part.outputs[index].ref.name for index in writes}
@@ -160,9 +158,7 @@ class _Builder:
         for index in range(len(node.types)):
             ref = Ref(node.name, index)
             if self.readers[ref]:
-                self.values[ref] = self.graph.call_function(
-                    _item, (result, index)
-                )
+                self.values[ref] = self.graph.call_function(_item, (result, index))
 
     def finish(self, results: Sequence[Ref]) -> Callable[..., Sequence[Tensor]]:
         self.graph.output(tuple(self.values[ref] for ref in results))

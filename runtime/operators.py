@@ -63,7 +63,8 @@ def drawer(node: Node, device: torch.device) -> Callable[[torch.Generator], Tens
             return lambda generator: make().normal_(generator=generator)
         case "randint", _:
             low, high = given["low"], given["high"]
-            assert isinstance(low, int) and isinstance(high, int)
+            assert isinstance(low, int)
+            assert isinstance(high, int)
             return lambda generator: make().random_(low, high, generator=generator)
     raise GraphError(f"%{node.name}: unknown distribution {given['distribution']!r}")
 

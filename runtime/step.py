@@ -28,9 +28,7 @@ class Step(nn.Module):
 
     def forward(self, *leaves: Tensor) -> tuple[Tensor, Tensor]:
         """Loss (scalar) and prediction for one batch."""
-        return compute(
-            self.module, self._loss, dict(zip(self._names, leaves)), double=self._double
-        )
+        return compute(self.module, self._loss, dict(zip(self._names, leaves)), double=self._double)
 
 
 def compute(

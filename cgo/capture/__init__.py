@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
+import io
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +119,9 @@ class Capturer:
                     "('package.module:callable' with kwargs) instead"
                 )
             return Captured(replace(entry, opaque=found), None)
-        constants = {k: v for program in found.programs.values() for k, v in program.constants.items()}
+        constants: dict[str, Tensor] = {}
+        for program in found.programs.values():
+            constants |= program.constants
         graph = bind(found.programs, model, module)
         if from_factory:
             return Captured(entry, graph, constants)
@@ -147,9 +152,7 @@ class Capturer:
             # its printed form does not show: the cached graph must fit this very module.
             name = next(iter(known.programs))
             try:
-                validate(
-                    known.programs[name], name, module, model.training, examples.batches[name]
-                )
+                validate(known.programs[name], name, module, model.training, examples.batches[name])
             except CaptureError:
                 return self._export_all(model, module, examples)
         return known
@@ -183,15 +186,18 @@ def _program(
     """
     split = name.partition("/")[0]
     autocast_dtype = "bfloat16" if training.precision == "bfloat16" else None
+    converted = functools.partial(
+        convert, leaves=leaves, strip="module.", autocast_dtype=autocast_dtype
+    )
     if split in exports:
         try:
-            program = convert(exports[split], leaves, strip="module.", autocast_dtype=autocast_dtype)
+            program = converted(exports[split])
             validate(program, name, module, training, leaves)
             return program
         except Exception as error:
             log.debug("%s is exported by itself: %s", name, error)
     exports[split] = _export(module, training, name, leaves)
-    program = convert(exports[split], leaves, strip="module.", autocast_dtype=autocast_dtype)
+    program = converted(exports[split])
     validate(program, name, module, training, leaves)
     return program
 
@@ -203,8 +209,7 @@ def _export(
     probe = copy.deepcopy(module)
     step = Step(probe, training, tuple(leaves))
     fast = torch.backends.mha.get_fastpath_enabled()
-    with preserved_random_state(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with preserved_random_state(), _quiet():
         try:
             # The fast path of attention in evaluation mode is one operator that nothing can merge.
             torch.backends.mha.set_fastpath_enabled(False)
@@ -214,6 +219,25 @@ def _export(
             return torch.export.export(step, tuple(leaves.values()), strict=False)
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what export prints about a module it cannot capture off the terminal.
+
+    The reason is in the exception, and so in the model's report; the graphs go to the debug log.
+    """
+    chatty = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level, printed = chatty.level, io.StringIO()
+    chatty.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(printed):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        chatty.setLevel(level)
+        if printed.getvalue():
+            log.debug("torch.export printed:\n%s", printed.getvalue())
 
 
 def _run_eagerly(model: Model, module: nn.Module, name: str, leaves: Leaves) -> None:
@@ -270,7 +294,8 @@ def _state_entries(module: nn.Module) -> tuple[StateEntry, ...]:
     first: dict[int, str] = {}
     entries = []
     persistent = set(module.state_dict(keep_vars=True))
-    named = [("parameter", *item) for item in module.named_parameters(remove_duplicate=False)]
+    named: list[tuple[Literal["parameter", "buffer"], str, Tensor]] = []
+    named += [("parameter", *item) for item in module.named_parameters(remove_duplicate=False)]
     named += [("buffer", *item) for item in module.named_buffers(remove_duplicate=False)]
     for kind, path, tensor in named:
         alias = first.get(id(tensor))
@@ -278,7 +303,7 @@ def _state_entries(module: nn.Module) -> tuple[StateEntry, ...]:
         entries.append(
             StateEntry(
                 path=path,
-                kind=kind,  # type: ignore[arg-type]
+                kind=kind,
                 dtype=str(tensor.dtype).removeprefix("torch."),
                 shape=tuple(tensor.shape),
                 trainable=kind == "parameter" and tensor.requires_grad,

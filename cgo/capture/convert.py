@@ -93,9 +93,7 @@ class _Converter:
             self._placeholders(graph)
             self._body(graph, self.exported.graph_module)
         loss, prediction = self._results(graph)
-        updates = {
-            path: ref for path, ref in self.state.items() if self.homes.get(ref) != path
-        }
+        updates = {path: ref for path, ref in self.state.items() if self.homes.get(ref) != path}
         return Program(self.nodes, loss, prediction, updates, self.constants)
 
     def _context(self) -> contextlib.ExitStack:
@@ -108,7 +106,7 @@ class _Converter:
 
     def _results(self, graph: fx.Graph) -> tuple[Ref, Ref | None]:
         returned = graph.output_node().args[0]
-        loss, prediction = (self.env.get(value) for value in returned)  # type: ignore[union-attr]
+        loss, prediction = (self.env.get(value) for value in returned)  # type: ignore
         if not isinstance(loss, Ref) or self.values[loss].numel() != 1:
             raise CaptureError("the loss is not a scalar computed from the batch")
         return loss, prediction if isinstance(prediction, Ref) else None
@@ -209,8 +207,8 @@ class _Converter:
         before, outer = self.detached, self.owner
         self.detached = before or not enabled
         for placeholder, value in zip(inner.graph.find_nodes(op="placeholder"), inputs):
-            self.env[placeholder] = self.env[value]  # type: ignore[index]
-            self.storage[placeholder] = self.storage.get(value, {value})  # type: ignore[arg-type]
+            self.env[placeholder] = self.env[value]  # type: ignore
+            self.storage[placeholder] = self.storage.get(value, {value})  # type: ignore
             self.storage[placeholder].add(placeholder)
         self._body(inner.graph, inner)
         self.detached, self.owner = before, outer
@@ -224,7 +222,7 @@ class _Converter:
             raise CaptureError(f"operator {overload} is not an ATen operator")
         rewrite = REWRITES.get(overload._schema.name.partition("::")[2].removesuffix("_"))
         written = _written(node, overload)
-        args = self._argument(tuple(node.args))
+        args = tuple(self._argument(value) for value in node.args)
         kwargs = {key: self._argument(value) for key, value in node.kwargs.items()}
         outcome = rewrite(self, overload, args, kwargs) if rewrite else None
         if outcome is None:
@@ -365,8 +363,8 @@ class _Converter:
     def add_batch_norm(self, args: tuple[Argument, ...]) -> tuple[Ref, Ref, Ref]:
         """Append a training-mode batch norm: (y, new running mean, new running variance)."""
         x, weight, bias, mean, var, momentum, eps = args
-        like = resolve_aten("aten.batch_norm.default")
-        result = like(*self._fakes((x, weight, bias, None, None)), True, momentum, eps, False)
+        fakes = self._fakes((x, weight, bias, None, None))
+        result = torch.ops.aten.batch_norm.default(*fakes, True, momentum, eps, False)
         fakes = (result, self.values[mean].clone(), self.values[var].clone())  # type: ignore[index]
         added = self._add("batch_norm", "cgo.batch_norm", args, {}, fakes)
         return added

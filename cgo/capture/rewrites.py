@@ -17,7 +17,6 @@ import torch
 from cgo.errors import CaptureError
 from cgo.graph import Symbol
 
-
 #: The operator stays, and is known to draw no random numbers with these arguments.
 KEEP = object()
 

@@ -1,0 +1,233 @@
+"""Capture: what becomes of a module, and what is refused."""
+
+import copy
+from dataclasses import replace
+from textwrap import dedent
+
+import pytest
+import torch
+from support import small
+from torch import nn
+
+import cgo
+from cgo.capture import Capturer, Examples
+from cgo.capture.validate import validate
+from cgo.errors import CaptureError, DataError, ModelError
+from cgo.graph import dump, restrict, verify
+
+DATA = cgo.DataSpec("support.small:points", batch_size=16)
+
+
+def spec(**kwargs):
+    return cgo.TrainingSpec(**kwargs)
+
+
+@pytest.fixture(scope="module")
+def capturer():
+    return Capturer(), Examples.of(DATA)
+
+
+def capture(capturer, module, kwargs=None, seed=0, data=None, **training):
+    tool, examples = capturer
+    model = cgo.Model(
+        module, kwargs, data=data or DATA, training=spec(**training), seed=seed, model_id="m"
+    )
+    return tool.capture(model, examples)
+
+
+def rewrite(capturer, kind, **training):
+    return capture(capturer, "support.small:rewrites", {"kind": kind}, **training)
+
+
+def text(captured, program="train/16"):
+    part = restrict(captured.graph, program=program)
+    return dump(part).replace(f"m.{program}.", "")
+
+
+def test_examples_hold_every_shape_the_loader_will_give(capturer):
+    _, examples = capturer
+    assert list(examples.batches) == ["train/16", "train/8", "validation/12"]
+    assert examples.batches["train/8"]["input"].shape == (8, 6)
+
+
+def test_golden_graph_of_a_linear_layer(capturer):
+    captured = capture(capturer, "torch.nn:Linear", {"in_features": 6, "out_features": 3})
+    verify(captured.graph)
+    assert text(captured) == dedent(f"""\
+        %m.weight = cgo.parameter(content='', model='m', path='weight', trainable=True) : f32[3, 6] {{m}}
+        %m.bias = cgo.parameter(content='', model='m', path='bias', trainable=True) : f32[3] {{m}}
+        %input = cgo.input(data='{DATA.digest}', leaf='input', size=16, split='train') : f32[16, 6] {{m}}
+        %target = cgo.input(data='{DATA.digest}', leaf='target', size=16, split='train') : i64[16] {{m}}
+        %linear = aten.linear.default(%input, %m.weight, %m.bias) : f32[16, 3] {{m}}
+        %cross_entropy_loss = aten.cross_entropy_loss.default(%linear, %target) : f32[] {{m}}
+        m train/16 loss <- %cross_entropy_loss""")  # noqa: E501
+
+
+def test_a_no_grad_region_reads_detached_values(capturer):
+    lines = text(rewrite(capturer, "no_grad")).splitlines()
+    trained = "aten.linear.default(%input, %m.body.weight, %m.body.bias) : f32[16, 3] {m}"
+    assert "%detach = aten.detach.default(%m.body.weight) : f32[3, 6] {m}" in lines
+    assert "%linear = aten.linear.default(%input, %detach, %detach_1) : f32[16, 3] {m}" in lines
+    assert f"%linear_1 = {trained}" in lines
+
+
+def test_writing_the_input_becomes_functional(capturer):
+    lines = text(rewrite(capturer, "write_input")).splitlines()
+    assert "%mul_ = aten.mul.Tensor(%input, 2) : f32[16, 6] {m}" in lines
+
+
+def test_a_counter_buffer_is_an_explicit_update(capturer):
+    captured = rewrite(capturer, "count")
+    lines = text(captured).splitlines()
+    assert "m train/16 update count <- %add_" in lines
+    assert "m validation/12 update count <- %add_" in text(captured, "validation/12").splitlines()
+
+
+def test_training_batch_norm_updates_its_statistics_explicitly(capturer):
+    lines = text(capture(capturer, "support.small:mlp")).splitlines()
+    assert "m train/16 update 1.running_mean <- %batch_norm#1" in lines
+    assert "m train/16 update 1.running_var <- %batch_norm#2" in lines
+    assert "m train/16 update 1.num_batches_tracked <- %add_" in lines
+
+
+def test_dropout_is_a_source_and_a_product(capturer):
+    captured = rewrite(capturer, "dropout")
+    lines = text(captured).splitlines()
+    drawn = "cgo.random(distribution='dropout', model='m', order=0, p=0.5) : f32[16, 3] {m}"
+    assert f"%random = {drawn}" in lines
+    assert "%dropout = aten.mul.Tensor(%linear, %random) : f32[16, 3] {m}" in lines
+    assert "cgo.random" not in text(captured, "validation/12")
+
+
+def test_float64_casts_inputs_in_the_graph(capturer):
+    lines = text(capture(capturer, "support.small:mlp", precision="float64")).splitlines()
+    assert "%to = aten.to.dtype(%input, dtype:float64) : f64[16, 6] {m}" in lines
+
+
+def test_bfloat16_marks_the_nodes_that_run_under_autocast(capturer):
+    captured = capture(capturer, "support.small:mlp", precision="bfloat16")
+    linear = next(n for n in captured.graph.nodes if n.op == "aten.linear.default")
+    assert linear.autocast == "bfloat16"
+    assert linear.types[0].dtype == "bfloat16"
+    assert all(n.autocast is None for n in captured.graph.nodes if n.op == "cgo.input")
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("write_view", "shares"),
+        ("multinomial", "draws random numbers in a way of its own"),
+    ],
+)
+def test_what_cannot_be_rewritten_is_opaque_with_its_reason(capturer, kind, reason):
+    captured = rewrite(capturer, kind)
+    assert captured.graph is None
+    assert reason in captured.entry.opaque
+
+
+def test_an_instance_that_cannot_be_captured_is_refused(capturer):
+    with pytest.raises(ModelError, match=r"model 'm'.*give a factory"):
+        capture(capturer, small.Rewrites("multinomial"))
+
+
+def test_an_instance_carries_its_weights(capturer):
+    net = small.mlp()
+    captured = capture(capturer, net)
+    assert captured.entry.factory is None
+    assert torch.equal(captured.state["0.weight"], net[0].weight)
+    assert set(captured.state) == set(net.state_dict())
+
+
+def test_instances_are_equal_when_graph_and_weights_are(capturer):
+    net = small.mlp()
+    other = copy.deepcopy(net)
+    assert capture(capturer, net).digest == capture(capturer, other).digest
+    with torch.no_grad():
+        other[0].bias += 1
+    assert capture(capturer, net).digest != capture(capturer, other).digest
+
+
+def test_equal_structures_are_exported_once(monkeypatch):
+    exports = []
+    real = torch.export.export
+    monkeypatch.setattr(torch.export, "export", lambda *a, **k: exports.append(1) or real(*a, **k))
+    tool = Capturer(), Examples.of(DATA)
+    for seed in range(3):
+        assert capture(tool, "support.small:mlp", seed=seed).graph is not None
+    assert len(exports) == 2  # training and evaluation; the last batch reuses the first's
+
+
+def test_structure_drawn_from_the_seed_is_seen(capturer):
+    widths = {
+        capture(capturer, "support.small:seeded_structure", seed=seed).entry.state[0].shape
+        for seed in range(6)
+    }
+    assert len(widths) > 1
+
+
+def test_a_number_drawn_by_the_factory_does_not_leak_through_the_cache(capturer):
+    first = capture(capturer, "support.small:hidden_scale", seed=0)
+    second = capture(capturer, "support.small:hidden_scale", seed=1)
+    assert text(first) != text(second)
+
+
+def test_state_lists_aliases_buffers_and_frozen_parameters(capturer):
+    net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+    net[1].weight = net[0].weight
+    net[3].bias.requires_grad_(False)
+    net.register_buffer("scratch", torch.zeros(2), persistent=False)
+    entries = {e.path: e for e in capture(capturer, net).entry.state}
+    assert entries["1.weight"].alias_of == "0.weight"
+    assert not entries["3.bias"].trainable
+    assert not entries["scratch"].persistent
+    assert entries["2.running_mean"].kind == "buffer"
+
+
+def test_what_fails_eagerly_fails_as_a_model_error(capturer):
+    with pytest.raises(ModelError, match=r"model 'm'.*input \[16, 6\].*mat1 and mat2"):
+        capture(capturer, "support.small:mlp", {"features": 7})
+    with pytest.raises(ModelError, match="must return a scalar"):
+        capture(capturer, "support.small:mlp", loss="support.losses:per_sample")
+
+
+def test_an_optimizer_that_refuses_its_parameters_fails_before_the_trial(capturer):
+    with pytest.raises(ModelError, match=r"Muon.*raised"):
+        capture(capturer, "support.small:mlp", optimizer="Muon", optimizer_kwargs={"lr": 0.1})
+
+
+def test_bad_data_is_a_data_error():
+    with pytest.raises(DataError, match="batch_size 64 is larger than the training data"):
+        Examples.of(cgo.DataSpec("support.small:points", batch_size=64))
+    with pytest.raises(DataError, match="raised TypeError"):
+        Examples.of(cgo.DataSpec("support.small:points", {"samples": "many"}))
+
+
+def test_validation_sees_a_wrong_graph(capturer):
+    tool, examples = capturer
+    net, name = small.mlp(), "train/16"
+    model = cgo.Model(net, data=DATA, training=spec(), model_id="m")
+    tool.capture(model, examples)
+    program = next(
+        found.programs[name]
+        for found in tool._templates.values()
+        if not isinstance(found, str)
+        and any("batch_norm" in n.op for n in found.programs[name].nodes)
+    )
+    validate(program, name, net, spec(), examples.batches[name])
+    position = next(i for i, n in enumerate(program.nodes) if n.op == "aten.relu.default")
+    nodes = list(program.nodes)
+    nodes[position] = replace(nodes[position], op="aten.sigmoid.default")
+    broken = replace(program, nodes=nodes)
+    with pytest.raises(CaptureError, match="captured and eager differ in train/16"):
+        validate(broken, name, net, spec(), examples.batches[name])
+
+
+def test_capture_leaves_the_module_and_the_random_streams_alone(capturer):
+    net = small.mlp(dropout=0.3)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    torch.manual_seed(11)
+    state = torch.get_rng_state()
+    capture(capturer, net)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert all(parameter.grad is None for parameter in net.parameters())
