@@ -113,8 +113,15 @@ class GraphData:
         return _encode(self)
 
     def to_json(self) -> str:
-        """The document as text; `from_json` gives an equal GraphData back."""
-        return json.dumps(self.dump(), separators=(",", ":"), allow_nan=False)
+        """The document as text; `from_json` gives an equal GraphData back.
+
+        Raises:
+            GraphDataError: a factory's arguments or `experiment` hold something that is no JSON.
+        """
+        try:
+            return json.dumps(self.dump(), separators=(",", ":"), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise GraphDataError(f"the document cannot be written: {error}") from error
 
     @classmethod
     def load(cls, document: Any, *, base: str | Path = ".") -> GraphData:

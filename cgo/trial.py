@@ -16,11 +16,10 @@ from cgo.errors import TrialError
 from cgo.events import Event, encode
 from cgo.graph import ModelId
 from cgo.graph_data import GraphData
+from cgo.platforms.local import IMPORT_ROOTS, follow_parent
 
 #: The document this process was started with; read by `experiment_config` and `execute`.
 _current: GraphData | None = None
-
-IMPORT_ROOTS = "CGO_IMPORT_ROOTS"
 
 
 def execute(
@@ -77,8 +76,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, _terminate)
     if options.parent_fd is not None:
-        from cgo.platforms.local import follow_parent
-
         follow_parent(options.parent_fd)
     roots = os.environ.get(IMPORT_ROOTS, "")
     sys.path[:0] = [root for root in roots.split(os.pathsep) if root and root not in sys.path]

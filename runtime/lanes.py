@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cgo.errors import DataError
-from cgo.graph import Graph, ModelId, Node, Output, Ref, restrict
+from cgo.graph import Graph, ModelId, Node, Output, restrict
 from cgo.model import loss_function
 from cgo.runtime.data import Leaves, preserved_random_state
 from cgo.runtime.lower import Lowered, lower
@@ -49,7 +49,6 @@ class MergedLanes:
         self._graph = graph
         self._constants = constants
         self._device = device
-        self._twins = _twin_buffers(graph)
         self._programs: dict[tuple[str, tuple[ModelId, ...]], _Bound] = {}
 
     def train(self, models: Sequence[ModelId], leaves: Leaves, size: int) -> dict[ModelId, Outcome]:
@@ -118,30 +117,13 @@ class MergedLanes:
         if bound is None:
             part = restrict(self._graph, models=set(models))
             lowered = lower(part, program, self._device)
-            running = {model: self.members[model] for model in models}
-            bound = _Bound(lowered, self.members, running, self._twins, self._constants)
+            bound = _Bound(lowered, self.members, self._constants)
             self._programs[key] = bound
         return bound
 
     def forget(self, model: ModelId) -> None:
         """Drop the programs that an ended model was part of."""
         self._programs = {key: b for key, b in self._programs.items() if model not in key[1]}
-
-
-Buffer = tuple[ModelId, str]
-
-
-def _twin_buffers(graph: Graph) -> dict[Buffer, list[Buffer]]:
-    """For each buffer that is updated, all buffers that always have the same value.
-
-    Passes may have made one node of them; the node names one model, which may end before the
-    others do.
-    """
-    updated: dict[tuple[str, Ref], list[Buffer]] = {}
-    for output in graph.outputs:
-        if output.role == "update":
-            updated.setdefault((output.program, output.ref), []).append((output.model, output.key))
-    return {buffer: twins for twins in updated.values() for buffer in twins}
 
 
 class _Bound:
@@ -151,8 +133,6 @@ class _Bound:
         self,
         lowered: Lowered,
         members: Mapping[ModelId, Member],
-        running: Mapping[ModelId, Member],
-        twins: Mapping[Buffer, Sequence[Buffer]],
         constants: Mapping[str, Tensor],
     ) -> None:
         self.lowered = lowered
@@ -168,10 +148,8 @@ class _Bound:
             elif node.op == "cgo.constant":
                 value = constants[str(node.keyword("content"))]
             else:
-                named = str(node.keyword("model")), str(node.keyword("path"))
-                same = [twin for twin in twins.get(named, ()) if twin[0] in running]
-                model, path = same[0] if same else named
-                value = members[model].state.tensors[path]
+                owner = members[str(node.keyword("model"))]
+                value = owner.state.tensors[str(node.keyword("path"))]
             self._values.append(value)
         # Each model's draws in its own operator order; the order between models is of no account.
         random.sort(key=lambda item: int(item[1].keyword("order")))  # type: ignore[arg-type]

@@ -58,5 +58,8 @@ class Platform(Protocol):
     def idle_workers(self) -> Sequence[WorkerInfo]:
         """Workers that could take a trial now."""
 
+    def has_idle_worker(self) -> bool:
+        """Whether there is one; cheap, asked often."""
+
     def close(self) -> None:
         """Stop all trials and wait for their exits."""

@@ -1,0 +1,262 @@
+"""The execution engines: `CGOEngine` merges models, `BaseExecutionEngine` trains one a trial."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import ClassVar
+
+from typing_extensions import Self
+
+from cgo.errors import (
+    BudgetExhaustedError,
+    DuplicateModelError,
+    EngineClosedError,
+    SpecError,
+    WaitTimeoutError,
+)
+from cgo.graph import ModelId
+from cgo.graph_data import GraphData
+from cgo.imports import import_roots, is_import_path
+from cgo.interface import (
+    AbstractExecutionEngine,
+    AbstractGraphListener,
+    WorkerInfo,
+)
+from cgo.model import Model, ModelStatus
+from cgo.planner import MergeReport
+from cgo.platforms.base import Platform
+from cgo.platforms.local import LocalPlatform
+from cgo.scheduler import Scheduler
+from cgo.store import Store
+
+
+class _Engine(AbstractExecutionEngine):
+    """What the two engines share; they differ in whether models share a trial.
+
+    Args:
+        experiment_dir: Where the journal, weights and logs go; a new folder under
+            `./cgo-experiments` by default. An existing experiment goes on.
+        platform: Where trials run; this machine by default.
+        import_paths: Further folders in which trials find user modules.
+        max_models: Most models that may be submitted.
+        max_duration_s: Seconds from the engine's start in which models may be submitted.
+
+    Raises:
+        StoreError: the experiment cannot be opened, or another engine holds it.
+    """
+
+    _merge: ClassVar[bool]
+
+    def __init__(
+        self,
+        experiment_dir: str | Path | None = None,
+        *,
+        platform: Platform | None = None,
+        import_paths: Iterable[str | Path] = (),
+        max_models: int | None = None,
+        max_duration_s: float | None = None,
+    ) -> None:
+        self._import_paths = tuple(str(Path(path).resolve()) for path in import_paths)
+        self._max_models, self._max_duration_s = max_models, max_duration_s
+        self._started = time.monotonic()
+        self._models: dict[ModelId, Model] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+        self._store = Store(Path(experiment_dir) if experiment_dir is not None else _new_folder())
+        self._taken = self._store.model_ids()
+        self._platform = platform if platform is not None else LocalPlatform()
+        self._scheduler = Scheduler(
+            self._store, self._platform, merge=self._merge, import_roots=self._import_roots
+        )
+        atexit.register(self.close)
+
+    @property
+    def experiment_dir(self) -> Path:
+        """Where the journal, weights and logs are; `cgo.open_experiment` reads it."""
+        return self._store.folder
+
+    @property
+    def reports(self) -> Sequence[MergeReport]:
+        """What merging did, one report a trial planned so far."""
+        return tuple(self._scheduler.reports)
+
+    def submit_models(self, *models: Model) -> None:
+        """Queue models for training; see `AbstractExecutionEngine`."""
+        with self._lock:
+            self._check(models)
+            self._store.add_models(models)
+            self._scheduler.submit(models)
+            for model in models:
+                self._models[model.model_id] = model
+                self._taken.add(model.model_id)
+
+    def _check(self, models: Sequence[Model]) -> None:
+        if self._closed:
+            raise EngineClosedError("the engine is closed; submit to a new one")
+        seen: dict[ModelId, Model] = {}
+        for model in models:
+            if not isinstance(model, Model):
+                raise SpecError(f"submit_models: expected a Model, got {type(model).__name__}")
+            if model in (self._models.get(model.model_id), seen.get(model.model_id)):
+                raise DuplicateModelError(
+                    f"model {model.model_id!r} was submitted before; to train it again, make "
+                    "another Model (equal ones are trained once and reported for both)"
+                )
+            if model.model_id in self._taken or model.model_id in seen:
+                raise DuplicateModelError(
+                    f"model id {model.model_id!r} is taken in experiment {self.experiment_dir}; "
+                    "give each model its own id"
+                )
+            seen[model.model_id] = model
+        self._check_budget(len(models))
+
+    def _check_budget(self, more: int) -> None:
+        if self._max_models is not None and len(self._models) + more > self._max_models:
+            raise BudgetExhaustedError(
+                f"max_models is {self._max_models}: {len(self._models)} were submitted and {more} "
+                "more do not fit"
+            )
+        if self._out_of_time():
+            raise BudgetExhaustedError(f"max_duration_s ({self._max_duration_s:g} s) has passed")
+
+    def _out_of_time(self) -> bool:
+        spent = time.monotonic() - self._started
+        return self._max_duration_s is not None and spent >= self._max_duration_s
+
+    def budget_exhausted(self) -> bool:
+        """Whether `max_models` have been submitted or `max_duration_s` have passed."""
+        full = self._max_models is not None and len(self._models) >= self._max_models
+        return full or self._out_of_time()
+
+    def wait_models(self, *models: Model, timeout_s: float | None = None) -> None:
+        """Block until the models have ended; see `AbstractExecutionEngine`."""
+        with self._lock:
+            ids = [model.model_id for model in models] or list(self._models)
+            unknown = [id_ for id_ in ids if id_ not in self._models]
+        if unknown:
+            raise SpecError(f"wait_models: not submitted to this engine: {', '.join(unknown)}")
+        try:
+            if self._scheduler.wait(ids, timeout_s):
+                return
+        except KeyboardInterrupt:
+            self._scheduler.cancel_all()
+            self._scheduler.wait(ids, 30.0)
+            raise
+        left = [id_ for id_ in ids if not self._models[id_].status.ended]
+        raise WaitTimeoutError(
+            f"{len(left)} of {len(ids)} models had not ended after {timeout_s:g} s "
+            f"({', '.join(left[:5])}{', ...' if len(left) > 5 else ''}); they train on"
+        )
+
+    def list_models(self, *statuses: ModelStatus) -> list[Model]:
+        """Copies of the submitted models, in order; of the given statuses if any are."""
+        with self._lock:
+            models = list(self._models.values())
+        return [model.copy() for model in models if not statuses or model.status in statuses]
+
+    def query_available_resource(self) -> list[WorkerInfo]:
+        """The idle workers."""
+        return list(self._platform.idle_workers())
+
+    def register_graph_listener(self, listener: AbstractGraphListener) -> None:
+        """Call `listener` for every event from now on."""
+        if not isinstance(listener, AbstractGraphListener):
+            raise SpecError(f"expected an AbstractGraphListener, got {type(listener).__name__}")
+        self._scheduler.register(listener)
+
+    @classmethod
+    def trial_execute_graph(cls, graph_data: GraphData | None = None) -> Mapping[ModelId, float]:
+        """Inside a trial: train the document's models and return every model's final metric."""
+        from cgo.trial import execute
+
+        return execute(graph_data)
+
+    def close(self) -> None:
+        """Cancel what is not finished and free everything; safe to call again."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        atexit.unregister(self.close)
+        self._scheduler.close()
+        self._store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _import_roots(self, models: Sequence[Model]) -> tuple[str, ...]:
+        """Where a trial finds what its models name: never through the current directory."""
+        named: dict[str, None] = {}
+        for model in models:
+            training = model.training
+            paths = (
+                model.module, model.data.source, training.loss, training.optimizer,
+                training.scheduler, *training.metrics,
+            )  # fmt: skip
+            named |= {p: None for p in paths if isinstance(p, str) and is_import_path(p)}
+        roots = dict.fromkeys((*self._import_paths, *import_roots(named), *_script_folder()))
+        return tuple(roots)
+
+
+class CGOEngine(_Engine):
+    """Merges the models it is given: one graph, one process, one loader for all that share data.
+
+    Example:
+        >>> import cgo
+        >>> data = cgo.DataSpec("cgo.zoo:digits", batch_size=64)
+        >>> training = cgo.TrainingSpec(metrics=("accuracy",), epochs=1)
+        >>> models = [cgo.Model("cgo.zoo:mlp", {"widths": [w]}, data=data, training=training)
+        ...           for w in (16, 32)]
+        >>> with cgo.CGOEngine() as engine:
+        ...     engine.submit_models(*models)
+        ...     engine.wait_models()
+        >>> [model.status.value for model in models]
+        ['trained', 'trained']
+    """
+
+    _merge = True
+
+
+class BaseExecutionEngine(_Engine):
+    """Trains each model in a trial of its own: the baseline, and a base for other engines."""
+
+    _merge = False
+
+
+def _new_folder() -> Path:
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    return Path("cgo-experiments") / name
+
+
+def _script_folder() -> tuple[str, ...]:
+    file = getattr(sys.modules.get("__main__"), "__file__", None)
+    return (os.path.dirname(os.path.abspath(file)),) if file else ()
+
+
+_process_engine: _Engine | None = None
+_process_lock = threading.Lock()
+
+
+def get_execution_engine() -> AbstractExecutionEngine:
+    """The process-wide engine, made on first use; for strategies that expect a singleton."""
+    global _process_engine
+    with _process_lock:
+        if _process_engine is None or _process_engine._closed:
+            _process_engine = CGOEngine()
+        return _process_engine

@@ -1,0 +1,247 @@
+"""Trials as processes on this machine; no server, no configuration."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cgo.errors import TrialError
+from cgo.events import Event, decode
+from cgo.interface import WorkerInfo
+from cgo.machine import Device, devices
+from cgo.platforms.base import TrialExit, TrialId, TrialRequest
+
+log = logging.getLogger(__name__)
+
+IMPORT_ROOTS = "CGO_IMPORT_ROOTS"
+
+#: Keep freed memory in the process: with glibc's defaults, large tensors are mapped, zeroed and
+#: unmapped at every step, which costs up to a factor of two.
+MALLOC = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30),
+    "MALLOC_TOP_PAD_": str(64 * 2**20),
+}
+
+#: Seconds between SIGTERM and SIGKILL.
+GRACE_S = 5.0
+
+#: Without -P (new in Python 3.11), Python puts the current directory on the module path.
+_UNSAFE_PATH = (
+    "import runpy, sys; sys.path[:] = [p for p in sys.path if p]; "
+    "runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+)
+
+
+@dataclass
+class _Running:
+    request: TrialRequest
+    worker: int
+    process: subprocess.Popen[bytes]
+    parent_fd: int  # closing it ends the trial
+    cancelled: bool = False
+    reader: threading.Thread | None = None
+
+
+class LocalPlatform:
+    """Runs each trial in a process of its own.
+
+    Args:
+        workers: How many trials may run at once. They all see all devices; the default is one
+            trial that holds the whole machine.
+        env: Environment variables for trials, over this process's own.
+        module: What a trial runs; tests put another in its place.
+    """
+
+    def __init__(
+        self,
+        workers: int = 1,
+        *,
+        env: Mapping[str, str] | None = None,
+        module: str = "cgo.trial",
+    ) -> None:
+        if workers < 1:
+            raise ValueError(f"workers: expected at least 1, got {workers}")
+        self._env = dict(env or {})
+        self._module = module
+        self._workers = range(workers)
+        self._running: dict[TrialId, _Running] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def start(
+        self,
+        on_event: Callable[[TrialId, Event], None],
+        on_exit: Callable[[TrialExit], None],
+    ) -> None:
+        """Keep the callbacks; trials are started by `submit`."""
+        self._on_event, self._on_exit = on_event, on_exit
+
+    def submit(self, request: TrialRequest) -> None:
+        """Start the trial's process.
+
+        Raises:
+            TrialError: no worker is idle, or the process cannot be started.
+        """
+        with self._lock:
+            worker = self._idle_worker()
+            if worker is None or self._closed:
+                raise TrialError(f"trial {request.trial_id}: no idle worker")
+            events, running = self._launch(request, worker)
+            self._running[request.trial_id] = running
+        reader = threading.Thread(
+            target=self._follow,
+            args=(running, events),
+            name=f"cgo-{request.trial_id}",
+            daemon=True,
+        )
+        running.reader = reader
+        reader.start()
+
+    def _idle_worker(self) -> int | None:
+        busy = {running.worker for running in self._running.values()}
+        return next((worker for worker in self._workers if worker not in busy), None)
+
+    def _launch(self, request: TrialRequest, worker: int) -> tuple[int, _Running]:
+        events_read, events_write = os.pipe()
+        parent_read, parent_write = os.pipe()
+        options = ["--events-fd", str(events_write), "--parent-fd", str(parent_read)]
+        command = [*_python(self._module), str(request.folder / "graph.json"), *options]
+        try:
+            with (request.folder / "log.txt").open("ab") as log_file:
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log_file,
+                    stderr=subprocess.STDOUT,
+                    env=trial_environment(request.import_roots, self._env),
+                    pass_fds=(events_write, parent_read),
+                    start_new_session=True,
+                )
+        except OSError as error:
+            os.close(events_read)
+            os.close(parent_write)
+            raise TrialError(f"trial {request.trial_id} cannot be started: {error}") from error
+        finally:
+            os.close(events_write)
+            os.close(parent_read)
+        return events_read, _Running(request, worker, process, parent_write)
+
+    def _follow(self, running: _Running, events: int) -> None:
+        """Read a trial's events until it closes its end, then report its exit."""
+        trial_id = running.request.trial_id
+        with os.fdopen(events, "r", encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                try:
+                    self._on_event(trial_id, decode(line))
+                except TrialError as error:
+                    log.warning("trial %s: %s", trial_id, error)
+        code = running.process.wait()
+        os.close(running.parent_fd)
+        with self._lock:
+            del self._running[trial_id]
+        error = None if code == 0 else _obituary(running, code)
+        self._on_exit(TrialExit(trial_id, error, running.cancelled))
+
+    def cancel(self, trial_id: TrialId) -> None:
+        """SIGTERM, and SIGKILL if that is not obeyed within `GRACE_S`."""
+        with self._lock:
+            running = self._running.get(trial_id)
+            if running is None:
+                return
+            running.cancelled = True
+            _signal(running, signal.SIGTERM)
+        timer = threading.Timer(GRACE_S, _signal, (running, signal.SIGKILL))
+        timer.daemon = True
+        timer.start()
+
+    def idle_workers(self) -> Sequence[WorkerInfo]:
+        """Workers without a trial; each holds every device of the machine."""
+        with self._lock:
+            busy = {running.worker for running in self._running.values()}
+        found = devices()
+        return [_worker_info(worker, found) for worker in self._workers if worker not in busy]
+
+    def has_idle_worker(self) -> bool:
+        """Whether `submit` would find a worker, without looking at devices."""
+        with self._lock:
+            return not self._closed and self._idle_worker() is not None
+
+    def close(self) -> None:
+        """Cancel all trials and wait until their exits are reported."""
+        with self._lock:
+            self._closed = True
+            running = list(self._running.values())
+        for item in running:
+            self.cancel(item.request.trial_id)
+        for item in running:
+            if item.reader is not None and item.reader is not threading.current_thread():
+                item.reader.join()
+
+
+def _python(module: str) -> list[str]:
+    if sys.version_info >= (3, 11):
+        return [sys.executable, "-P", "-m", module]
+    return [sys.executable, "-c", _UNSAFE_PATH.format(module=module)]
+
+
+def trial_environment(import_roots: Sequence[str], extra: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a trial's process; what the user has set stays."""
+    env = dict(os.environ)
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        env = {**MALLOC, **env}
+    env[IMPORT_ROOTS] = os.pathsep.join(import_roots)
+    env["PYTHONUNBUFFERED"] = "1"
+    return {**env, **extra}
+
+
+def _worker_info(worker: int, found: Sequence[Device]) -> WorkerInfo:
+    first = found[0]
+    return WorkerInfo(
+        worker_id=f"local-{worker}",
+        device=",".join(device.device for device in found),
+        device_name=first.name if len(found) == 1 else f"{len(found)} x {first.name}",
+        total_memory_bytes=sum(device.total_memory_bytes for device in found),
+        free_memory_bytes=sum(device.free_memory_bytes for device in found),
+    )
+
+
+def _signal(running: _Running, number: int) -> None:
+    if running.process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):  # it ended in between
+            os.killpg(running.process.pid, number)
+
+
+def _obituary(running: _Running, code: int) -> str:
+    path = running.request.folder / "log.txt"
+    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    text = f"trial {running.request.trial_id} ended with {how}; its log is {path}"
+    last = _last_lines(path, 20)
+    return f"{text}; last lines:\n{last}" if last else text
+
+
+def _last_lines(path: Path, count: int) -> str:
+    if not path.exists():
+        return ""
+    return "\n".join(path.read_text(errors="replace").splitlines()[-count:])
+
+
+def follow_parent(fd: int) -> None:
+    """In a trial: end this process when the engine's end of the pipe closes, however it died."""
+
+    def watch() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(fd, 1):
+                pass
+        os._exit(1)
+
+    threading.Thread(target=watch, name="cgo-follow-parent", daemon=True).start()
