@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cgo.demultiplexer import Demultiplexer
 from cgo.errors import CgoError, EngineClosedError
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 #: The trial under which events stand that no trial sent: failures of planning, cancellations.
 NO_TRIAL = "-"
+NEVER_TRAINED = "cancelled before it was trained"
 
 
 @dataclass
@@ -69,7 +71,8 @@ class Scheduler:
         self._import_roots = import_roots
         self._planner = Planner(merge=merge)
         self._demultiplexer = Demultiplexer(store.record, store.load_state)
-        self._queue: deque[_Batch] = deque()
+        self._submitted: deque[_Batch] = deque()  # not looked up yet
+        self._queue: deque[_Batch] = deque()  # to be planned
         self._restarts: deque[_Trial] = deque()
         self._trials: dict[TrialId, _Trial] = {}
         self._closing = False
@@ -104,7 +107,7 @@ class Scheduler:
             for model in models:
                 self._demultiplexer.add(model)
             batches = [_Batch(list(models))] if self._merge else [_Batch([m]) for m in models]
-            self._queue.extend(batches)
+            self._submitted.extend(batches)
             self._wake.notify_all()
 
     def wait(self, ids: Iterable[ModelId], timeout_s: float | None) -> bool:
@@ -120,12 +123,14 @@ class Scheduler:
         """Drop what is queued and stop what runs; what was reported stays."""
         with self._wake:
             self._cancelled = True
-            dropped = [model for batch in self._queue for model in batch.models]
+            waiting = (*self._submitted, *self._queue)
+            dropped = [model for batch in waiting for model in batch.models]
+            self._submitted.clear()
             self._queue.clear()
             dropped += [model for trial in self._restarts for model in trial.models]
             self._restarts.clear()
             running = list(self._trials)
-        self._end_all(dropped, "cancelled before it was trained", cancelled=True)
+        self._end_all(dropped, NEVER_TRAINED, cancelled=True)
         for trial_id in running:
             self._platform.cancel(trial_id)
 
@@ -206,39 +211,46 @@ class Scheduler:
                 self._wake.wait_for(self._has_work)
                 if self._closing:
                     return
-                restart = self._restarts.popleft() if self._restarts else None
-                batch = None if restart is not None else self._next_batch()
+                work, handle = self._next()
             try:
-                if restart is not None:
-                    self._launch(restart)
-                elif batch is not None:
-                    self._plan(batch)
+                handle(work)
             except Exception as error:
-                self._planning_failed(batch or restart, error)
+                self._planning_failed(work, error)
 
     def _has_work(self) -> bool:
-        return self._closing or (
-            bool(self._queue or self._restarts) and self._platform.has_idle_worker()
-        )
+        if self._closing or self._submitted:
+            return True
+        return bool(self._queue or self._restarts) and self._platform.has_idle_worker()
 
-    def _next_batch(self) -> _Batch:
-        """The first batch and, where they may be merged, all that wait behind it."""
+    def _next(self) -> tuple[Any, Callable[[Any], None]]:
+        """What to do now, and how: look results up before a worker is needed."""
+        if self._submitted:
+            return self._submitted.popleft(), self._look_up
+        if self._restarts:
+            return self._restarts.popleft(), self._launch
         batch = self._queue.popleft()
         if self._merge and not batch.alone:
             while self._queue and not self._queue[0].alone:
                 batch.models += self._queue.popleft().models
-        return batch
+        return batch, self._plan
 
-    def _planning_failed(self, work: _Batch | _Trial | None, error: Exception) -> None:
+    def _look_up(self, batch: _Batch) -> None:
+        """Tell stored results at once, and queue the models that have none."""
+        batch.models = [model for model in batch.models if not self._known(model)]
+        with self._wake:
+            stopped = self._closing or self._cancelled
+            if batch.models and not stopped:
+                self._queue.append(batch)
+        if stopped:
+            self._end_all(batch.models, NEVER_TRAINED, cancelled=True)
+
+    def _planning_failed(self, work: _Batch | _Trial, error: Exception) -> None:
         log.exception("planning failed")
         text = str(error) if isinstance(error, CgoError) else traceback.format_exc()
-        if work is not None:
-            self._end_all(work.models, f"the trial could not be planned: {text}")
+        self._end_all(work.models, f"the trial could not be planned: {text}")
 
     def _plan(self, batch: _Batch) -> None:
-        fresh = [model for model in batch.models if not self._known(model)]
-        if not fresh:
-            return
+        fresh = batch.models
         trial_id = self._store.next_trial_id()
         folder = self._store.trial_folder(trial_id)
         plan = self._planner.plan(fresh, folder)
@@ -278,7 +290,7 @@ class Scheduler:
             if not stopped:
                 self._trials[trial.request.trial_id] = trial
         if stopped:
-            self._end_all(trial.models, "cancelled before it was trained", cancelled=True)
+            self._end_all(trial.models, NEVER_TRAINED, cancelled=True)
             return
         try:
             self._platform.submit(trial.request)
@@ -286,3 +298,5 @@ class Scheduler:
             with self._wake:
                 self._trials.pop(trial.request.trial_id, None)
             raise
+        if self._closing or self._cancelled:  # came while the process was being started
+            self._platform.cancel(trial.request.trial_id)

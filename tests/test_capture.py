@@ -41,7 +41,7 @@ def rewrite(capturer, kind, **training):
 
 def text(captured, program="train/16"):
     part = restrict(captured.graph, program=program)
-    return dump(part).replace(f"m.{program}.", "")
+    return dump(part).replace(f"m/{program}/", "")
 
 
 def test_examples_hold_every_shape_the_loader_will_give(capturer):
@@ -54,19 +54,19 @@ def test_golden_graph_of_a_linear_layer(capturer):
     captured = capture(capturer, "torch.nn:Linear", {"in_features": 6, "out_features": 3})
     verify(captured.graph)
     assert text(captured) == dedent(f"""\
-        %m.weight = cgo.parameter(content='', model='m', path='weight', trainable=True) : f32[3, 6] {{m}}
-        %m.bias = cgo.parameter(content='', model='m', path='bias', trainable=True) : f32[3] {{m}}
+        %m/weight = cgo.parameter(content='', model='m', path='weight', trainable=True) : f32[3, 6] {{m}}
+        %m/bias = cgo.parameter(content='', model='m', path='bias', trainable=True) : f32[3] {{m}}
         %input = cgo.input(data='{DATA.digest}', leaf='input', size=16, split='train') : f32[16, 6] {{m}}
         %target = cgo.input(data='{DATA.digest}', leaf='target', size=16, split='train') : i64[16] {{m}}
-        %linear = aten.linear.default(%input, %m.weight, %m.bias) : f32[16, 3] {{m}}
+        %linear = aten.linear.default(%input, %m/weight, %m/bias) : f32[16, 3] {{m}}
         %cross_entropy_loss = aten.cross_entropy_loss.default(%linear, %target) : f32[] {{m}}
         m train/16 loss <- %cross_entropy_loss""")  # noqa: E501
 
 
 def test_a_no_grad_region_reads_detached_values(capturer):
     lines = text(rewrite(capturer, "no_grad")).splitlines()
-    trained = "aten.linear.default(%input, %m.body.weight, %m.body.bias) : f32[16, 3] {m}"
-    assert "%detach = aten.detach.default(%m.body.weight) : f32[3, 6] {m}" in lines
+    trained = "aten.linear.default(%input, %m/body.weight, %m/body.bias) : f32[16, 3] {m}"
+    assert "%detach = aten.detach.default(%m/body.weight) : f32[3, 6] {m}" in lines
     assert "%linear = aten.linear.default(%input, %detach, %detach_1) : f32[16, 3] {m}" in lines
     assert f"%linear_1 = {trained}" in lines
 

@@ -17,8 +17,8 @@ from cgo.weights import tensor_hash
 def bind(programs: Mapping[str, Program], model: Model, module: nn.Module) -> Graph:
     """All programs of one model as one graph; they share its parameters and buffers.
 
-    Names become "<model>.<path>" for state and "<model>.<program>.<name>" for the rest; sources
-    learn whose they are and the content of frozen values.
+    Names become "<model>/<path>" for state and "<model>/<program>/<name>" for the rest (an id may
+    hold dots, but no slash); sources learn whose they are and the content of frozen values.
     """
     return _Binder(model, module).run(programs)
 
@@ -45,8 +45,8 @@ class _Binder:
 
     def _name(self, node: Node, program: str) -> str:
         if node.op in ("cgo.parameter", "cgo.buffer"):
-            return f"{self.model.model_id}.{node.keyword('path')}"
-        return f"{self.model.model_id}.{program}.{node.name}"
+            return f"{self.model.model_id}/{node.keyword('path')}"
+        return f"{self.model.model_id}/{program}/{node.name}"
 
     def _place(self, node: Node, program: str, names: Mapping[str, str]) -> None:
         name = names[node.name]

@@ -1,1 +1,31 @@
 """The `cgo` command."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from cgo.cli.demo import demo
+from cgo.cli.explain import explain
+from cgo.cli.run import run
+from cgo.errors import CgoError
+
+app = typer.Typer(
+    help="Train many small PyTorch models of a search as one merged graph.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(demo)
+app.command()(run)
+app.command()(explain)
+
+
+def main() -> None:
+    """Run the command line; what the user got wrong is one message, no traceback."""
+    try:
+        app()
+    except CgoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

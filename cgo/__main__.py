@@ -1,0 +1,5 @@
+"""`python -m cgo` is the `cgo` command."""
+
+from cgo.cli import main
+
+main()
