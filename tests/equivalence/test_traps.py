@@ -1,0 +1,70 @@
+"""Each trap of capture: captured and equal to the plain loop, or an opaque lane that is equal."""
+
+import pytest
+from support.merged import Case, Merged, assert_equal_float64
+
+TRAINING = {
+    "optimizer": "SGD",
+    "optimizer_kwargs": {"lr": 0.05, "weight_decay": 0.01, "momentum": 0.5},
+    "epochs": 3,
+    "precision": "float64",
+}
+CAPTURED = (
+    "no_grad",
+    "in_place",
+    "write_input",
+    "unused_parameters",
+    "frozen_norm_training",
+    "frozen_norm_evaluation",
+    "training_flag",
+    "constant",
+    "alpha_dropout",
+    "noise",
+)
+OPAQUE = {
+    "straight_through": "the gradient of enter.weight",
+    "python_random": "the loss by",
+    "numpy_random": "the loss by",
+    "python_counter": "the loss by",
+    "momentum_none": "data-dependent",
+    "control_flow": "data-dependent",
+    "write_view": "shares",
+    "autocast": "wrap_with_autocast",
+    "multinomial": "draws random numbers",
+}
+
+
+def cases(kind):
+    """The trap in company, so that a write to the shared batch would show."""
+    return [
+        Case("before", "mlp", training=TRAINING),
+        Case("trap", "trap", {"kind": kind}, seed=2, training=TRAINING),
+        Case("after", "cnn", training=TRAINING),
+    ]
+
+
+@pytest.mark.parametrize("kind", CAPTURED)
+def test_captured_and_equal(kind, tmp_path):
+    given = cases(kind)
+    merged = Merged(given, tmp_path)
+    assert merged.plan.report.opaque == {}
+    for case in given:
+        assert_equal_float64(merged, case)
+
+
+@pytest.mark.parametrize("kind", OPAQUE)
+def test_opaque_with_its_reason_and_equal(kind, tmp_path):
+    given = cases(kind)
+    merged = Merged(given, tmp_path)
+    assert set(merged.plan.report.opaque) == {"trap"}
+    assert OPAQUE[kind] in merged.plan.report.opaque["trap"]
+    for case in given:
+        assert_equal_float64(merged, case)
+
+
+def test_tied_weights_are_saved_once_and_loaded_twice(tmp_path):
+    case = Case("tied", "tied", training=TRAINING)
+    merged = Merged([case], tmp_path)
+    state = merged.state("tied")
+    assert state["first.weight"] is state["second.weight"]
+    assert_equal_float64(merged, case)

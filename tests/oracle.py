@@ -1,0 +1,141 @@
+"""Training alone: the plain PyTorch loop that merged training must equal.
+
+Imports nothing of the package under test. Specs are plain dictionaries.
+"""
+
+import contextlib
+from dataclasses import dataclass, field
+
+import torch
+import torchmetrics
+from torch.nn import functional as F
+
+
+@dataclass
+class Run:
+    """What training alone gave."""
+
+    losses: list = field(default_factory=list)  # one float a step
+    history: list = field(default_factory=list)  # one dict an epoch
+    gradients: dict = field(default_factory=dict)  # of the first step, before clipping
+    state: dict = field(default_factory=dict)
+
+
+def train_alone(
+    factory,
+    kwargs,
+    data,
+    *,
+    seed,
+    batch_size,
+    epochs,
+    data_seed=0,
+    drop_last=False,
+    optimizer="SGD",
+    optimizer_kwargs=None,
+    scheduler=None,
+    scheduler_kwargs=None,
+    scheduler_interval="epoch",
+    grad_clip_norm=None,
+    loss=F.cross_entropy,
+    metric="accuracy",
+    precision="float32",
+):
+    """Train one model; `data` is (train, validation), each (inputs, targets) as whole tensors."""
+    (inputs, targets), (val_inputs, val_targets) = data
+    double = precision == "float64"
+    torch.manual_seed(seed)
+    net = factory(**kwargs)
+    if double:
+        net = net.double()
+    opt = getattr(torch.optim, optimizer)(net.parameters(), **(optimizer_kwargs or {}))
+    schedule = None
+    if scheduler:
+        schedule = getattr(torch.optim.lr_scheduler, scheduler)(opt, **(scheduler_kwargs or {}))
+    run = Run()
+
+    def step_loss(x, y):
+        x, y = (_cast(value, double) for value in (x, y))
+        context = contextlib.nullcontext()
+        if precision == "bfloat16":
+            context = torch.autocast("cpu", dtype=torch.bfloat16)
+        with context:
+            out = _call(net, x)
+            return loss(out, y), out
+
+    for epoch in range(epochs):
+        total, lr = 0.0, opt.param_groups[0]["lr"]
+        n = len(targets)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(data_seed + epoch))
+        for batch in order.split(batch_size):
+            if drop_last and len(batch) < batch_size:
+                break
+            opt.zero_grad()
+            value, _ = step_loss(_pick(inputs, batch), _pick(targets, batch))
+            value.backward()
+            if not run.gradients:
+                run.gradients = {
+                    name: None if p.grad is None else p.grad.clone()
+                    for name, p in net.named_parameters()
+                }
+            if grad_clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip_norm)
+            opt.step()
+            if schedule is not None and scheduler_interval == "step":
+                schedule.step()
+            run.losses.append(float(value.detach()))
+            total += float(value.detach()) * len(batch)
+        if schedule is not None and scheduler_interval == "epoch":
+            schedule.step()
+        seen = n - n % batch_size if drop_last else n
+        row = {"train_loss": total / seen, "lr": lr}
+        run.history.append(
+            row | _evaluate(net, step_loss, val_inputs, val_targets, batch_size, metric)
+        )
+    run.state = {name: value.clone() for name, value in net.state_dict().items()}
+    return run
+
+
+def _evaluate(net, step_loss, inputs, targets, batch_size, metric):
+    modes = [(part, part.training) for part in net.modules()]
+    net.eval()
+    total, outputs = 0.0, []
+    with torch.no_grad():
+        for batch in torch.arange(len(targets)).split(batch_size):
+            value, out = step_loss(_pick(inputs, batch), _pick(targets, batch))
+            total += float(value.detach()) * len(batch)
+            outputs.append(out)
+    for part, training in modes:
+        part.training = training
+    output = torch.cat(outputs)
+    row = {"val_loss": total / len(targets)}
+    if metric == "accuracy":
+        row["val_accuracy"] = float((output.argmax(1) == targets).float().mean())
+    elif metric == "mean_squared_error":
+        measure = torchmetrics.MeanSquaredError()
+        row["val_mean_squared_error"] = float(
+            measure(output, _cast(targets, output.dtype == torch.float64))
+        )
+    return row
+
+
+def _call(net, x):
+    if isinstance(x, tuple):
+        return net(*x)
+    return net(**x) if isinstance(x, dict) else net(x)
+
+
+def _pick(values, index):
+    if isinstance(values, tuple):
+        return tuple(value[index] for value in values)
+    if isinstance(values, dict):
+        return {key: value[index] for key, value in values.items()}
+    return values[index]
+
+
+def _cast(values, double):
+    if isinstance(values, tuple):
+        return tuple(_cast(value, double) for value in values)
+    if isinstance(values, dict):
+        return {key: _cast(value, double) for key, value in values.items()}
+    return values.double() if double and values.is_floating_point() else values

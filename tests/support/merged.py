@@ -1,0 +1,132 @@
+"""Runs a merged trial in this process and compares it with the oracle."""
+
+from dataclasses import dataclass, field
+
+import oracle
+import torch
+from support import data as sources
+from support import nets
+
+import cgo
+from cgo import trial, weights
+from cgo.planner import Planner
+
+
+@dataclass
+class Case:
+    """One model, said in plain values for both sides."""
+
+    id: str
+    factory: str  # name in support.nets
+    kwargs: dict = field(default_factory=dict)
+    source: str = "digits"
+    source_kwargs: dict = field(default_factory=dict)
+    seed: int = 0
+    batch_size: int = 32
+    data_seed: int = 0
+    drop_last: bool = False
+    loss: str = "cross_entropy"
+    metric: str = "accuracy"
+    training: dict = field(default_factory=dict)
+
+    def model(self):
+        data = cgo.DataSpec(
+            f"support.data:{self.source}",
+            self.source_kwargs,
+            batch_size=self.batch_size,
+            seed=self.data_seed,
+            drop_last=self.drop_last,
+        )
+        training = cgo.TrainingSpec(loss=self.loss, metrics=(self.metric,), **self.training)
+        return cgo.Model(
+            f"support.nets:{self.factory}",
+            self.kwargs,
+            data=data,
+            training=training,
+            seed=self.seed,
+            model_id=self.id,
+        )
+
+    def alone(self):
+        whole = {"digits": "arrays"}.get(self.source, f"{self.source}_arrays")
+        return oracle.train_alone(
+            getattr(nets, self.factory),
+            self.kwargs,
+            getattr(sources, whole)(**self.source_kwargs),
+            seed=self.seed,
+            batch_size=self.batch_size,
+            data_seed=self.data_seed,
+            drop_last=self.drop_last,
+            loss=getattr(torch.nn.functional, self.loss),
+            metric=self.metric,
+            **self.training,
+        )
+
+
+class Merged:
+    """A merged trial of several cases, with every loss and first gradient."""
+
+    def __init__(self, cases, folder, merge=True):
+        self.folder = folder
+        self.losses, self.gradients, self.events = {}, {}, []
+        self.plan = Planner(merge=merge).plan([case.model() for case in cases], folder)
+        assert not self.plan.failures, self.plan.failures
+        self.metrics = trial.execute(
+            self.plan.graph_data, folder=folder, report=self.events.append, observer=self
+        )
+
+    def on_loss(self, model, step, loss):
+        self.losses.setdefault(model, []).append(float(loss))
+
+    def on_gradients(self, model, step, gradients):
+        if step == 0:
+            self.gradients[model] = {
+                name: None if value is None else value.clone() for name, value in gradients.items()
+            }
+
+    def history(self, id_):
+        return [e.value for e in self.events if e.model == id_ and e.kind == "epoch"]
+
+    def ended(self, id_):
+        return next(e.value for e in self.events if e.model == id_ and e.kind == "ended")
+
+    def state(self, id_):
+        return weights.load(self.folder / self.ended(id_)["weights"])
+
+
+def relative(found, expected):
+    return abs(found - expected) / max(abs(expected), 1e-300)
+
+
+def assert_equal_float64(merged, case, alone=None):
+    """Losses within 1e-9 of training alone, in every step; history, metric and weights as well."""
+    alone = alone or case.alone()
+    found = merged.losses[case.id]
+    assert len(found) == len(alone.losses)
+    worst = max(map(relative, found, alone.losses))
+    assert worst <= 1e-9, f"{case.id}: a loss differs by {worst:.1e} relative"
+    for row, expected in zip(merged.history(case.id), alone.history, strict=True):
+        assert set(row) == {*expected, "seconds"}
+        for key, value in expected.items():
+            # torchmetrics computes its figures in float32
+            allowed = 1e-9 if key in ("train_loss", "val_loss", "lr") else 1e-6
+            assert relative(row[key], value) <= allowed, (case.id, key, row[key], value)
+    state = merged.state(case.id)
+    assert set(state) == set(alone.state)
+    for name, value in alone.state.items():
+        torch.testing.assert_close(state[name], value, rtol=1e-8, atol=1e-10)
+
+
+def assert_first_step_float32(merged, case, alone=None):
+    """First loss within 1e-5, first gradients within 1e-5 of the model's gradient norm."""
+    alone = alone or case.alone()
+    assert relative(merged.losses[case.id][0], alone.losses[0]) <= 1e-5
+    known = {name: g for name, g in alone.gradients.items() if g is not None}
+    norm = torch.sqrt(sum((g.double() ** 2).sum() for g in known.values()))
+    found = merged.gradients[case.id]
+    assert set(found) == set(alone.gradients)
+    for name, expected in alone.gradients.items():
+        if expected is None:
+            assert found[name] is None
+        else:
+            assert float((found[name] - expected).double().norm() / norm) <= 1e-5, name

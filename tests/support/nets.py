@@ -1,0 +1,270 @@
+"""Factories for the equivalence tests: the families that searches train, and traps of capture."""
+
+import random
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def mlp(width=16, dropout=0.0):
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, 10)
+    )
+
+
+def cnn(width=4, dropout=0.0):
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, padding=1),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.Conv2d(width, 2 * width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(2 * width),
+        nn.ReLU(inplace=True),
+        nn.Dropout2d(dropout),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(2 * width, 10),
+    )
+
+
+class Residual(nn.Module):
+    def __init__(self, width=4, blocks=2, dropout=0.0):
+        super().__init__()
+        self.stem = nn.Conv2d(1, width, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width))
+            for _ in range(blocks)
+        )
+        self.drop = nn.Dropout(dropout)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = F.relu_(x + block(x))
+        return self.head(self.drop(x.mean((2, 3))))
+
+
+OPERATORS = ("none", "skip", "conv1", "conv3", "pool")
+
+
+class Cell(nn.Module):
+    """A NAS-Bench-201 cell: four nodes, an operator on each of the six edges."""
+
+    def __init__(self, width, edges):
+        super().__init__()
+        self.edges = edges
+        self.operators = nn.ModuleList(self._operator(width, name) for name in edges)
+
+    @staticmethod
+    def _operator(width, name):
+        if name in ("conv1", "conv3"):
+            size = int(name[-1])
+            return nn.Sequential(
+                nn.ReLU(),
+                nn.Conv2d(width, width, size, padding=size // 2, bias=False),
+                nn.BatchNorm2d(width),
+            )
+        return nn.AvgPool2d(3, 1, 1, count_include_pad=False) if name == "pool" else nn.Identity()
+
+    def forward(self, x):
+        nodes, edge = [x], 0
+        for end in range(1, 4):
+            total = torch.zeros_like(x)
+            for start in range(end):
+                if self.edges[edge] != "none":
+                    total = total + self.operators[edge](nodes[start])
+                edge += 1
+            nodes.append(total)
+        return nodes[-1]
+
+
+def cells(edges="conv3 skip conv1 pool none conv3", width=4, count=1, dropout=0.0):
+    """Stem, `count` cells a stage in two stages, head."""
+    names = edges.split()
+    assert len(names) == 6
+    assert set(names) <= set(OPERATORS)
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        *(Cell(width, names) for _ in range(count)),
+        nn.Conv2d(width, 2 * width, 3, 2, padding=1, bias=False),
+        nn.BatchNorm2d(2 * width),
+        *(Cell(2 * width, names) for _ in range(count)),
+        nn.BatchNorm2d(2 * width),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(dropout),
+        nn.Linear(2 * width, 10),
+    )
+
+
+class Encoder(nn.Module):
+    def __init__(self, d=8, layers=2, dropout=0.0):
+        super().__init__()
+        self.embed = nn.Linear(8, d)
+        layer = nn.TransformerEncoderLayer(d, 2, 16, dropout, batch_first=True)
+        self.body = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(d, 10)
+
+    def forward(self, x):
+        return self.head(self.body(self.embed(x.squeeze(1))).mean(1))
+
+
+class Lstm(nn.Module):
+    def __init__(self, hidden=12, dropout=0.0):
+        super().__init__()
+        self.body = nn.LSTM(8, hidden, batch_first=True)
+        self.drop = nn.Dropout(dropout)
+        self.head = nn.Linear(hidden, 10)
+
+    def forward(self, x):
+        out, _ = self.body(x.squeeze(1))
+        return self.head(self.drop(out[:, -1]))
+
+
+class Tied(nn.Module):
+    """Two layers share one weight."""
+
+    def __init__(self, width=16, dropout=0.0):
+        super().__init__()
+        self.enter = nn.Linear(64, width)
+        self.first = nn.Linear(width, width)
+        self.second = nn.Linear(width, width)
+        self.second.weight = self.first.weight
+        self.drop = nn.Dropout(dropout)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x):
+        x = self.enter(x.flatten(1)).tanh()
+        return self.head(self.drop(self.second(self.first(x).tanh())))
+
+
+def residual(**kwargs):
+    return Residual(**kwargs)
+
+
+def encoder(**kwargs):
+    return Encoder(**kwargs)
+
+
+def lstm(**kwargs):
+    return Lstm(**kwargs)
+
+
+def tied(**kwargs):
+    return Tied(**kwargs)
+
+
+def regressor(width=8):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.Tanh(), nn.Linear(width, 2))
+
+
+class Two(nn.Module):
+    """Takes two inputs, by position or by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(64, 10), nn.Linear(1, 10)
+
+    def forward(self, image, mark):
+        return self.left(image.flatten(1)) * self.right(mark).sigmoid()
+
+
+def two():
+    return Two()
+
+
+class Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class Trap(nn.Module):
+    """A small classifier with one of the traps of capture in its middle."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.calls = kind, 0
+        self.norm = nn.BatchNorm1d(64)
+        self.enter = nn.Linear(64, 12)
+        self.inner = nn.BatchNorm1d(12, momentum=None if kind == "momentum_none" else 0.1)
+        self.unused = nn.Linear(3, 3)
+        self.head = nn.Linear(12, 10)
+        if kind.startswith("frozen_norm"):
+            self.norm.requires_grad_(False)
+            self.norm.train(kind == "frozen_norm_training")
+        # The streams that a forward may read; a trial goes on from them, as alone.
+        random.seed(4)
+        np.random.seed(4)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        if self.kind.startswith("frozen_norm"):
+            x = self.norm(x)
+        if self.kind == "write_input":
+            x.mul_(1.5)
+        if self.kind == "write_view":
+            x[:, :4].add_(1.0)
+        x = getattr(self, f"_{self.kind}", lambda value: value)(self.enter(x))
+        return self.head(x)
+
+    def _straight_through(self, x):
+        return Sign.apply(x)
+
+    def _python_random(self, x):
+        return x * (1 + random.random())
+
+    def _numpy_random(self, x):
+        return x * (1 + np.random.rand())
+
+    def _python_counter(self, x):
+        self.calls += 1
+        return x / self.calls
+
+    def _no_grad(self, x):
+        with torch.no_grad():
+            gate = x.sigmoid()
+        return x * gate
+
+    def _in_place(self, x):
+        x += 1
+        return F.relu_(x)
+
+    def _momentum_none(self, x):
+        return self.inner(x)
+
+    def _control_flow(self, x):
+        return x * 2 if x.sum() > 0 else x
+
+    def _training_flag(self, x):
+        return x * 2 if self.training else x
+
+    def _autocast(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return ((x.float() @ x.float().T).softmax(1) @ x.float()).to(x.dtype)
+
+    def _multinomial(self, x):
+        return x * torch.multinomial(x.softmax(1), 1)
+
+    def _constant(self, x):
+        return x * torch.tensor([0.5]) + torch.arange(12.0)
+
+    def _alpha_dropout(self, x):
+        return F.alpha_dropout(x, 0.2, self.training)
+
+    def _noise(self, x):
+        return x + torch.randn_like(x) * 0.1
+
+
+def trap(kind):
+    return Trap(kind)
