@@ -35,7 +35,7 @@ from cgo.planner import MergeReport
 from cgo.platforms.base import Platform
 from cgo.platforms.local import LocalPlatform
 from cgo.scheduler import Scheduler
-from cgo.store import Store
+from cgo.store import Store, spec_of
 
 
 class _Engine(AbstractExecutionEngine):
@@ -71,7 +71,7 @@ class _Engine(AbstractExecutionEngine):
         self._lock = threading.Lock()
         self._closed = False
         self._store = Store(Path(experiment_dir) if experiment_dir is not None else _new_folder())
-        self._taken = self._store.model_ids()
+        self._earlier = self._store.specs()  # of sessions before this one
         self._platform = platform if platform is not None else LocalPlatform()
         self._scheduler = Scheduler(
             self._store, self._platform, merge=self._merge, import_roots=self._import_roots
@@ -96,7 +96,6 @@ class _Engine(AbstractExecutionEngine):
             self._scheduler.submit(models)
             for model in models:
                 self._models[model.model_id] = model
-                self._taken.add(model.model_id)
 
     def _check(self, models: Sequence[Model]) -> None:
         if self._closed:
@@ -110,13 +109,23 @@ class _Engine(AbstractExecutionEngine):
                     f"model {model.model_id!r} was submitted before; to train it again, make "
                     "another Model (equal ones are trained once and reported for both)"
                 )
-            if model.model_id in self._taken or model.model_id in seen:
+            if model.model_id in self._models or model.model_id in seen:
                 raise DuplicateModelError(
-                    f"model id {model.model_id!r} is taken in experiment {self.experiment_dir}; "
-                    "give each model its own id"
+                    f"model id {model.model_id!r} was submitted before, for another model; give "
+                    "each model its own id"
                 )
+            self._check_earlier(model)
             seen[model.model_id] = model
         self._check_budget(len(models))
+
+    def _check_earlier(self, model: Model) -> None:
+        """An id of an earlier session may be submitted again, for the same model."""
+        earlier = self._earlier.get(model.model_id)
+        if earlier is not None and (earlier != spec_of(model) or not isinstance(model.module, str)):
+            raise DuplicateModelError(
+                f"model id {model.model_id!r} stands for another model in experiment "
+                f"{self.experiment_dir}; give this one another id"
+            )
 
     def _check_budget(self, more: int) -> None:
         if self._max_models is not None and len(self._models) + more > self._max_models:

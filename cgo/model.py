@@ -384,7 +384,8 @@ class Model:
 
     def __repr__(self) -> str:
         name = self.module if isinstance(self.module, str) else type(self.module).__name__
-        return f"Model({name!r}, model_id={self.model_id!r}, {self.status.value}, metric={self.metric})"
+        status = self.status.value
+        return f"Model({name!r}, model_id={self.model_id!r}, {status}, metric={self.metric})"
 
 
 def _checked_module(module: Any, kwargs: Mapping[str, Any] | None) -> str | nn.Module:

@@ -40,7 +40,8 @@ CREATE TABLE IF NOT EXISTS models (
     model_id TEXT NOT NULL UNIQUE,
     spec TEXT NOT NULL,
     content TEXT,
-    submitted_at REAL NOT NULL
+    submitted_at REAL NOT NULL,
+    since INTEGER NOT NULL DEFAULT 0  -- events up to here belong to an earlier submission
 );
 CREATE TABLE IF NOT EXISTS trials (
     position INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -59,6 +60,8 @@ CREATE TABLE IF NOT EXISTS events (
     at REAL NOT NULL
 );
 CREATE INDEX IF NOT EXISTS events_of_model ON events (model_id, position);
+CREATE UNIQUE INDEX IF NOT EXISTS events_once ON events
+    (trial_id, model_id, kind, ifnull(epoch, -1)) WHERE trial_id != '-' AND kind != 'trial';
 CREATE TABLE IF NOT EXISTS results (
     model_id TEXT PRIMARY KEY,
     content TEXT,
@@ -111,9 +114,25 @@ class Store:
             self._held.close()
 
     def add_models(self, models: Sequence[Model]) -> None:
-        """Write submitted models, all or none."""
-        rows = [(m.model_id, json.dumps(_spec_of(m)), time.time()) for m in models]
-        self._write("INSERT INTO models (model_id, spec, submitted_at) VALUES (?, ?, ?)", rows)
+        """Write submitted models, all or none.
+
+        One that an earlier session submitted keeps its place; unless it was trained, it begins
+        anew.
+        """
+        rows = [(m.model_id, spec_of(m), time.time()) for m in models]
+        try:
+            with self._lock, self._db:
+                self._db.executemany(
+                    "UPDATE models SET since = (SELECT ifnull(max(position), 0) FROM events) "
+                    "WHERE model_id = ? AND model_id NOT IN (SELECT model_id FROM results)",
+                    [(model.model_id,) for model in models],
+                )
+                self._db.executemany(
+                    "INSERT OR IGNORE INTO models (model_id, spec, submitted_at) VALUES (?, ?, ?)",
+                    rows,
+                )
+        except sqlite3.Error as error:
+            raise StoreError(f"experiment {self.folder}: {error}") from error
 
     def set_content(self, model_id: ModelId, content: str) -> None:
         """Write what decides a model's result."""
@@ -132,7 +151,7 @@ class Store:
         row = (trial_id, event.model, event.kind, event.epoch, json.dumps(event.value), time.time())
         with self._lock, self._db:
             self._db.execute(
-                "INSERT INTO events (trial_id, model_id, kind, epoch, value, at) "
+                "INSERT OR IGNORE INTO events (trial_id, model_id, kind, epoch, value, at) "
                 "VALUES (?, ?, ?, ?, ?, ?)",
                 row,
             )
@@ -165,9 +184,9 @@ class Store:
             count += 1
         return f"t{count:04d}"
 
-    def model_ids(self) -> set[ModelId]:
-        """All models ever submitted to the experiment."""
-        return {row[0] for row in self._read("SELECT model_id FROM models")}
+    def specs(self) -> dict[ModelId, str]:
+        """All models ever submitted to the experiment, each with its `spec_of`."""
+        return dict(self._read("SELECT model_id, spec FROM models"))
 
     def events(self, model_id: ModelId) -> list[tuple[TrialId, Event]]:
         """What was told of a model, in order."""
@@ -216,9 +235,10 @@ def _check_version(db: sqlite3.Connection, folder: Path) -> None:
         raise StoreError(f"experiment {folder} has journal version {version}, expected {VERSION}")
 
 
-def _spec_of(model: Model) -> dict[str, Any]:
+def spec_of(model: Model) -> str:
+    """What a model was submitted with, as JSON; of an instance no more than its class."""
     instance = not isinstance(model.module, str)
-    return {
+    values = {
         "module": None if instance else model.module,
         "class": type(model.module).__qualname__ if instance else None,
         "kwargs": model.kwargs,
@@ -226,6 +246,7 @@ def _spec_of(model: Model) -> dict[str, Any]:
         "data": as_json(model.data),
         "training": as_json(model.training),
     }
+    return json.dumps(values, sort_keys=True)
 
 
 class Experiment:
@@ -319,7 +340,8 @@ def _written_already(trial_id: TrialId, event: Event) -> None:
 
 def _events(db: sqlite3.Connection, model_id: ModelId) -> list[tuple[TrialId, Event]]:
     rows = db.execute(
-        "SELECT trial_id, kind, epoch, value FROM events WHERE model_id = ? ORDER BY position",
+        "SELECT trial_id, kind, epoch, value FROM events JOIN models USING (model_id) "
+        "WHERE model_id = ? AND events.position > since ORDER BY events.position",
         (model_id,),
     )
     return [(t, Event(model_id, kind, epoch, json.loads(value))) for t, kind, epoch, value in rows]

@@ -231,3 +231,37 @@ def late_class(**kwargs):
     order = torch.argsort(y, stable=True)
     known = validation.tensors[1] < 2
     return TensorDataset(x[order], y[order]), TensorDataset(*(t[known] for t in validation.tensors))
+
+
+def slow_points(delay_s=0.002, **kwargs):
+    """Points that take a while to load, so that a test can act in the middle of an epoch."""
+    import time
+
+    def wait(x):
+        time.sleep(delay_s)
+        return x
+
+    train, validation = points(**kwargs)
+    return Listed(train.tensors, wait), validation
+
+
+class Crashes(nn.Module):
+    """Takes its process down in training step `after`, but only outside the engine."""
+
+    def __init__(self, after=3):
+        super().__init__()
+        self.body, self.after, self.calls = nn.Linear(6, 3), after, 0
+
+    def forward(self, x):
+        import os
+        import signal
+
+        self.calls += self.training
+        if self.calls > self.after and "CGO_IMPORT_ROOTS" in os.environ:
+            os.kill(os.getpid(), signal.SIGKILL)
+        out = self.body(x)
+        return out * 2 if bool(out.sum() > 0) else out
+
+
+def crashes(**kwargs):
+    return Crashes(**kwargs)
