@@ -1,0 +1,91 @@
+"""What every platform must do: subclass, give a `platform` fixture, and the tests run."""
+
+import queue
+
+import pytest
+
+import cgo
+from cgo.errors import TrialError
+from cgo.imports import import_roots
+from cgo.planner import Planner
+from cgo.platforms.base import TrialRequest
+
+WAIT_S = 60
+
+
+class Heard:
+    """Collects what a platform reports."""
+
+    def __init__(self, platform):
+        self.events, self.exits = [], queue.Queue()
+        platform.start(lambda trial, event: self.events.append((trial, event)), self.exits.put)
+
+    def exit(self):
+        return self.exits.get(timeout=WAIT_S)
+
+    def of(self, trial):
+        return [event for name, event in self.events if name == trial]
+
+
+class PlatformContract:
+    @pytest.fixture
+    def heard(self, platform):
+        yield Heard(platform)
+        platform.close()
+
+    def request(self, tmp_path, trial_id="t0", module="support.small:mlp", **training):
+        data = cgo.DataSpec("support.small:slow_points", batch_size=8)
+        spec = cgo.TrainingSpec(metrics=("accuracy",), **training)
+        model = cgo.Model(module, data=data, training=spec, model_id=f"{trial_id}-m")
+        folder = tmp_path / trial_id
+        assert not Planner().plan([model], folder).failures
+        return TrialRequest(trial_id, folder, import_roots([module]))
+
+    def test_a_trial_reports_its_events_and_then_its_exit(self, platform, heard, tmp_path):
+        platform.submit(self.request(tmp_path, epochs=2))
+        ended = heard.exit()
+        assert (ended.trial_id, ended.error, ended.cancelled) == ("t0", None, False)
+        kinds = [event.kind for event in heard.of("t0") if event.model]
+        assert kinds == ["started", "epoch", "epoch", "final", "ended"]
+        assert (tmp_path / "t0" / "weights" / "t0-m.safetensors").is_file()
+
+    def test_a_busy_worker_takes_no_second_trial(self, platform, heard, tmp_path):
+        assert platform.has_idle_worker()
+        assert len(platform.idle_workers()) == 1
+        platform.submit(self.request(tmp_path, epochs=50))
+        assert not platform.has_idle_worker()
+        assert platform.idle_workers() == []
+        with pytest.raises(TrialError, match="no idle worker"):
+            platform.submit(self.request(tmp_path, "t1"))
+        platform.cancel("t0")
+        heard.exit()
+        assert platform.has_idle_worker()
+
+    def test_a_cancelled_trial_exits_as_such_and_may_be_cancelled_again(
+        self, platform, heard, tmp_path
+    ):
+        platform.submit(self.request(tmp_path, epochs=1000))
+        while not heard.of("t0"):
+            pass
+        platform.cancel("t0")
+        platform.cancel("t0")
+        platform.cancel("unknown")
+        assert heard.exit().cancelled
+        assert not any(event.kind == "ended" for event in heard.of("t0"))
+
+    def test_a_crash_is_an_exit_with_an_error(self, platform, heard, tmp_path):
+        platform.submit(self.request(tmp_path, module="support.small:crashes"))
+        ended = heard.exit()
+        assert "SIGKILL" in ended.error
+        assert not ended.cancelled
+
+    def test_a_trial_that_cannot_start_tells_why(self, platform, heard, tmp_path):
+        request = self.request(tmp_path)
+        (request.folder / "graph.json").write_text("{}")
+        platform.submit(request)
+        assert "document version None" in heard.exit().error
+
+    def test_closing_cancels_and_waits(self, platform, heard, tmp_path):
+        platform.submit(self.request(tmp_path, epochs=1000))
+        platform.close()
+        assert heard.exits.get_nowait().cancelled
