@@ -35,8 +35,10 @@ def describe(error: ValidationError) -> str:
     """A pydantic error as `field: message` phrases."""
     phrases = []
     for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"]) or "value"
-        phrases.append(f"{where}: {item['msg'].removeprefix('Value error, ')}")
+        where = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        named = not where or message.startswith(f"{where}:")  # the message names its field itself
+        phrases.append(message if named else f"{where}: {message}")
     return "; ".join(phrases)
 
 

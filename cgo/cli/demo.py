@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -36,11 +36,17 @@ def candidates(epochs: int) -> list[Model]:
     adam = TrainingSpec(
         metrics=("accuracy",), optimizer="Adam", optimizer_kwargs={"lr": 0.002}, epochs=epochs
     )
-    mlps = [{"widths": list(w)} for w in ((32,), (64,), (128,), (64, 32), (128, 64), (64, 64, 64))]
-    cnns = [{"width": width, "depth": depth} for width in (8, 16) for depth in (2, 3, 4)]
-    resnets = [{"width": width, "blocks": blocks} for width in (8, 12) for blocks in (1, 2, 3)]
-    stems = [{"width": width} for width in (16, 24, 32, 48, 64, 96)]
-    families = {
+    mlps: list[dict[str, Any]] = [
+        {"widths": list(w)} for w in ((32,), (64,), (128,), (64, 32), (128, 64), (64, 64, 64))
+    ]
+    cnns: list[dict[str, Any]] = [
+        {"width": width, "depth": depth} for width in (8, 16) for depth in (2, 3, 4)
+    ]
+    resnets: list[dict[str, Any]] = [
+        {"width": width, "blocks": blocks} for width in (8, 12) for blocks in (1, 2, 3)
+    ]
+    stems: list[dict[str, Any]] = [{"width": width} for width in (16, 24, 32, 48, 64, 96)]
+    families: dict[str, tuple[list[dict[str, Any]], TrainingSpec]] = {
         "mlp": (mlps, adam),
         "cnn": (cnns, sgd),
         "resnet": (resnets, sgd),

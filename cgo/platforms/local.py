@@ -149,8 +149,8 @@ class LocalPlatform:
         os.close(running.parent_fd)
         with self._lock:
             del self._running[trial_id]
-        error = None if code == 0 else _obituary(running, code)
-        self._on_exit(TrialExit(trial_id, error, running.cancelled))
+        died = None if code == 0 else _obituary(running, code)
+        self._on_exit(TrialExit(trial_id, died, running.cancelled))
 
     def cancel(self, trial_id: TrialId) -> None:
         """SIGTERM, and SIGKILL if that is not obeyed within `GRACE_S`."""

@@ -1,0 +1,99 @@
+"""The command line, in processes of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cgo
+
+ROOT = Path(__file__).parent.parent
+TESTS = ROOT / "tests"
+
+SEARCH = """
+data: {source: "support.small:points", batch_size: 16}
+training: {metrics: [accuracy], epochs: 2}
+models:
+  - module: support.small:mlp
+    grid: {hidden: [3, 4]}
+  - module: support.small:stemmed
+    seeds: [0, 1]
+  - module: support.small:raises_later
+    kwargs: {after: 1000}
+engine: {experiment_dir: out}
+"""
+
+
+def call(*arguments, folder, check=True):
+    env = {**os.environ, "PYTHONPATH": str(TESTS), "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "cgo", *arguments] if sys.version_info >= (3, 11) else
+        [sys.executable, "-m", "cgo", *arguments],
+        cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture
+def search(tmp_path):
+    path = tmp_path / "search.yaml"
+    path.write_text(SEARCH)
+    return path
+
+
+def test_run_trains_a_search_and_goes_on_with_it(search, tmp_path):
+    done = call("run", str(search), folder=tmp_path)
+    for expected in ("Leaderboard", "mlp-0.0", "dedup_stems", "loaders: 5 -> 1", "opaque lane"):
+        assert expected in done.stdout
+    assert len(cgo.open_experiment(tmp_path / "out").models()) == 5
+    call("run", str(search), folder=tmp_path)
+    assert len(cgo.open_experiment(tmp_path / "out").trials()) == 1
+
+
+def test_explain_says_what_is_not_merged_and_trains_nothing(search, tmp_path):
+    done = call("explain", str(search), "--dump", folder=tmp_path)
+    assert "raises_later-2.0 trains as an opaque lane: " in done.stdout
+    assert "depends on trainable parameters" in done.stdout
+    assert "cgo.input(" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_fails_is_exit_code_1_with_its_error(search, tmp_path):
+    search.write_text(SEARCH.replace("{after: 1000}", "{after: 1}"))
+    done = call("run", str(search), folder=tmp_path, check=False)
+    assert done.returncode == 1
+    assert "RuntimeError: gave up" in done.stdout
+
+
+def test_a_bad_file_is_one_message_and_exit_code_2(search, tmp_path):
+    search.write_text(SEARCH.replace("epochs: 2", "epochs: none"))
+    done = call("run", str(search), folder=tmp_path, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: models[0].training: TrainingSpec: epochs")
+    assert "Traceback" not in done.stderr
+
+
+def test_the_commented_example_runs(tmp_path):
+    for name in ("search.yaml", "search_nets.py"):
+        (tmp_path / name).write_text((ROOT / "examples" / name).read_text())
+    done = call("run", str(tmp_path / "search.yaml"), folder=tmp_path)
+    assert "wide-1.0" in done.stdout
+
+
+def test_the_demo_runs_whole(tmp_path):
+    done = call("demo", "--experiment-dir", str(tmp_path / "demo"), folder=tmp_path)
+    models = cgo.open_experiment(tmp_path / "demo").models()
+    assert len(models) >= 24
+    assert len({(m.module, str(m.kwargs)) for m in models}) == len(models)
+    assert max(m.metric for m in models) >= 0.95
+    for expected in ("Throughput", "serial loop, training", "merged, training", "best: "):
+        assert expected in done.stdout
+
+
+def test_no_arguments_print_the_help(tmp_path):
+    done = call(folder=tmp_path, check=False)
+    assert "explain" in done.stdout + done.stderr
