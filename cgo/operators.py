@@ -7,15 +7,15 @@ from typing import Any
 
 from cgo.graph import SOURCES
 
-#: Our own operators beside the sources; `cgo.runtime.operators` gives each its kernel.
+#: Our own operators beside the sources; `cgo.runtime.operators` has what stands behind them.
 #:
 #: - `cgo.random(distribution=, model=, order=, ...)`: random tensor, drawn before the step from
-#:   the model's own stream; `order` counts the model's draws within one program
-#: - `cgo.dropout(x, noise, p)`: x * noise / (1 - p); noise is a `cgo.random` of zeros and ones
+#:   the model's own stream; `order` counts the model's draws within one program. Distributions:
+#:   dropout (p: zeros and 1 / (1 - p), what the input is multiplied by), bernoulli (p), uniform,
+#:   normal, randint (low, high)
 #: - `cgo.batch_norm(x, weight, bias, mean, var, momentum, eps)` in training mode: outputs
 #:   (y, new mean, new var)
-#: - `cgo.getitem(node, index)` does not exist: outputs are addressed by `Ref.index`
-CGO_OPERATORS = SOURCES | {"cgo.random", "cgo.dropout", "cgo.batch_norm"}
+CGO_OPERATORS = SOURCES | {"cgo.random", "cgo.batch_norm"}
 
 
 @cache

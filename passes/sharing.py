@@ -138,7 +138,7 @@ CONDITIONAL: dict[str, Callable[[dict[str, Any]], bool]] = {
 }
 
 #: Our own operators that are pure.
-OURS = frozenset({"cgo.batch_norm", "cgo.dropout"})
+OURS = frozenset({"cgo.batch_norm"})
 
 
 def pure(node: Node) -> bool:

@@ -1,0 +1,140 @@
+"""What the benchmarks share: environment, statistics, records, and the plain serial loop."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from cgo import trial
+from cgo.graph_data import GraphData
+from cgo.machine import devices
+from cgo.model import Model, loss_function, optimizer_class
+from cgo.planner import Planner
+from cgo.platforms.local import MALLOC
+from cgo.runtime.data import DataSets, open_data
+from cgo.runtime.state import build_module
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def tuned_process() -> None:
+    """Restart this process under the allocator settings that trials get, one thread.
+
+    They act only if they are set before the interpreter starts.
+    """
+    wanted = {**MALLOC, "OMP_NUM_THREADS": "1"}
+    if any(os.environ.get(key) != value for key, value in wanted.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})
+    torch.set_num_threads(1)
+
+
+def plan(models: Sequence[Model]) -> GraphData:
+    """The merged document of the models."""
+    folder = Path(tempfile.mkdtemp(prefix="cgo-benchmark-"))
+    found = Planner().plan(models, folder)
+    assert not found.failures, found.failures
+    assert not found.report.opaque, found.report.opaque
+    assert found.graph_data is not None
+    return found.graph_data
+
+
+def seconds(action: Callable[[], Any]) -> float:
+    """Wall time of a call."""
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def merged_trial(data: GraphData) -> float:
+    """Wall seconds of a whole trial in this process: build, load, train, evaluate, write."""
+    with tempfile.TemporaryDirectory() as folder:
+        return seconds(lambda: trial.execute(data, folder=Path(folder)))
+
+
+def epoch_seconds(data: GraphData) -> list[float]:
+    """Seconds of each epoch of a trial, the first left out."""
+    rows: list[float] = []
+
+    def note(event: Any) -> None:
+        if event.kind == "epoch" and event.epoch > 0:
+            rows.append(event.value["seconds"])
+
+    trial.execute(data, report=note)
+    return rows
+
+
+class PlainLoop:
+    """One model trained alone by hand: the baseline. One optimizer with its defaults."""
+
+    def __init__(self, model: Model, data: DataSets) -> None:
+        assert isinstance(model.module, str)
+        self.spec, self.training = model.data, model.training
+        self.train, self.validation = data.train.tensors, data.validation.tensors
+        precision = self.training.precision
+        self.net, _ = build_module(model.module, model.kwargs, model.seed, precision)
+        self.loss = loss_function(self.training.loss)
+        kind = optimizer_class(self.training.optimizer)
+        self.optimizer = kind(self.net.parameters(), **self.training.optimizer_kwargs)
+
+    def epoch(self, number: int) -> None:
+        """Train on all batches, then evaluate."""
+        inputs, targets = self.train
+        generator = torch.Generator().manual_seed(self.spec.seed + number)
+        for batch in torch.randperm(len(targets), generator=generator).split(self.spec.batch_size):
+            self.optimizer.zero_grad()
+            self.loss(self.net(inputs[batch]), targets[batch]).backward()
+            self.optimizer.step()
+        modes = [(part, part.training) for part in self.net.modules()]
+        self.net.eval()
+        inputs, targets = self.validation
+        with torch.no_grad():
+            for batch in torch.arange(len(targets)).split(self.spec.batch_size):
+                self.loss(self.net(inputs[batch]), targets[batch])
+        for part, mode in modes:
+            part.training = mode
+
+
+def plain_loops(models: Sequence[Model]) -> list[PlainLoop]:
+    """A plain loop for each model, over data already in memory."""
+    data = {model.data.digest: open_data(model.data) for model in models}
+    return [PlainLoop(model, data[model.data.digest]) for model in models]
+
+
+def summary(ratios: Sequence[float]) -> dict[str, float]:
+    """Median of ratios and its 95% bootstrap interval."""
+    values = np.asarray(ratios)
+    draws = np.random.default_rng(0).choice(values, (2000, len(values)))
+    low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
+    return {"ratio": float(np.median(values)), "low": float(low), "high": float(high)}
+
+
+def write(name: str, figures: dict[str, Any]) -> None:
+    """Print a record and write it to `benchmarks/results/<name>.json`."""
+    device = devices()[0]
+    record = {
+        "benchmark": name,
+        **figures,
+        "date": datetime.date.today().isoformat(),
+        "device": device.name,
+        "cores": psutil.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    text = json.dumps(record, indent=2)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(text + "\n")
+    print(text)
