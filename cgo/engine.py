@@ -74,7 +74,16 @@ class _Engine(AbstractExecutionEngine):
         self._earlier = self._store.specs()  # of sessions before this one
         self._platform = platform if platform is not None else LocalPlatform()
         self._scheduler = Scheduler(
-            self._store, self._platform, merge=self._merge, import_roots=self._import_roots
+            self._store,
+            self._platform,
+            merge=self._merge,
+            import_roots=self._import_roots,
+            experiment={
+                "experiment_dir": str(self._store.folder),
+                "engine": type(self).__name__,
+                "max_models": max_models,
+                "max_duration_s": max_duration_s,
+            },
         )
         atexit.register(self.close)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from cgo.graph import ModelId
 from cgo.graph_data import GraphData
@@ -55,9 +54,6 @@ class AbstractGraphListener(ABC):
 
 class AbstractExecutionEngine(ABC):
     """Trains submitted models."""
-
-    #: A trial's own entry: subclasses override what a trial does with its GraphData.
-    trial_entry: ClassVar[str] = "cgo.trial"
 
     @abstractmethod
     def submit_models(self, *models: Model) -> None:

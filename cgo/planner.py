@@ -88,8 +88,16 @@ class Planner:
         self._captured[model.model_id] = captured
         return digest_of([captured.digest, *common])
 
-    def plan(self, models: Sequence[Model], folder: Path) -> Plan:
-        """Capture and merge models, and write the trial's document and weights into `folder`."""
+    def plan(
+        self, models: Sequence[Model], folder: Path, experiment: Mapping[str, Any] | None = None
+    ) -> Plan:
+        """Capture and merge models, and write the trial's document and weights into `folder`.
+
+        Args:
+            models: What the trial is to train.
+            folder: The trial's own folder.
+            experiment: JSON settings that the trial reads with `cgo.trial.experiment_config`.
+        """
         started = time.perf_counter()
         captured, failures = self._capture_all(models)
         capture_s = time.perf_counter() - started
@@ -103,7 +111,7 @@ class Planner:
         if not kept:
             return Plan(None, report, failures)
         trained = [model for model in kept if model.model_id not in aliases]
-        data = self._write(trained, captured, aliases, graph, folder)
+        data = self._write(trained, captured, aliases, graph, folder, experiment or {})
         return Plan(data, report, failures)
 
     def _capture_all(
@@ -155,6 +163,7 @@ class Planner:
         aliases: Mapping[ModelId, ModelId],
         graph: Graph,
         folder: Path,
+        experiment: Mapping[str, Any],
     ) -> GraphData:
         folder.mkdir(parents=True, exist_ok=True)
         entries: list[ModelEntry] = []
@@ -175,6 +184,7 @@ class Planner:
             if constants
             else None,
             aliases=dict(aliases),
+            experiment=dict(experiment),
             base=folder,
         )
         data.write(folder / "graph.json")

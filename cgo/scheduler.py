@@ -12,7 +12,7 @@ import queue
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ class Scheduler:
         platform: Where trials run.
         merge: Whether models share trials; without it each has its own.
         import_roots: Folders for the trial's module path, from the models it trains.
+        experiment: JSON settings that trials can read.
     """
 
     def __init__(
@@ -65,8 +66,10 @@ class Scheduler:
         *,
         merge: bool,
         import_roots: Callable[[Sequence[Model]], tuple[str, ...]],
+        experiment: Mapping[str, Any],
     ) -> None:
         self.reports: list[MergeReport] = []
+        self._experiment = experiment
         self._store, self._platform, self._merge = store, platform, merge
         self._import_roots = import_roots
         self._planner = Planner(merge=merge)
@@ -253,7 +256,7 @@ class Scheduler:
         fresh = batch.models
         trial_id = self._store.next_trial_id()
         folder = self._store.trial_folder(trial_id)
-        plan = self._planner.plan(fresh, folder)
+        plan = self._planner.plan(fresh, folder, {**self._experiment, "trial_id": trial_id})
         for model in fresh:
             if (failure := plan.failures.get(model.model_id)) is not None:
                 self._end_all([model], failure)

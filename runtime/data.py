@@ -151,8 +151,10 @@ class Loader:
         for size, batch in zip(sizes, batches):
             leaves = flatten(batch)
             if self.device.type != "cpu":
+                # From pinned memory the copy runs beside the computation.
                 leaves = {
-                    name: leaf.to(self.device, non_blocking=True) for name, leaf in leaves.items()
+                    name: leaf.pin_memory().to(self.device, non_blocking=True)
+                    for name, leaf in leaves.items()
                 }
             yield size, leaves
 

@@ -7,7 +7,8 @@ its neighbours' numbers as they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -258,10 +259,25 @@ class OpaqueLane:
     def _compute(self, leaves: Leaves) -> Result:
         own = {name: leaf.clone() for name, leaf in leaves.items()}
         state = self.member.state
-        with preserved_random_state():
+        with preserved_random_state(), self._device_stream():
             state.random.enter()
             with autocast(self._training, state.device):
                 double = self._training.precision == "float64"
                 loss, prediction = compute(self._module, self._loss, own, double=double)
             state.random = RandomState.current()
         return Result(loss, prediction if isinstance(prediction, Tensor) else None)
+
+    @contextlib.contextmanager
+    def _device_stream(self) -> Iterator[None]:
+        """On CUDA, let the module draw from its model's own stream instead of the process's."""
+        device, generator = self.member.state.device, self.member.state.generator
+        if device.type != "cuda":
+            yield
+            return
+        before = torch.cuda.get_rng_state(device)
+        torch.cuda.set_rng_state(generator.get_state(), device)
+        try:
+            yield
+        finally:
+            generator.set_state(torch.cuda.get_rng_state(device))
+            torch.cuda.set_rng_state(before, device)

@@ -8,6 +8,7 @@ import torch
 from support import small
 
 import cgo
+import cgo.trial
 from cgo import AbstractGraphListener, ModelStatus
 from cgo.engine import get_execution_engine
 from cgo.errors import (
@@ -304,3 +305,13 @@ def test_a_trial_may_execute_a_graph_by_the_engine_class(finished):
     found = cgo.CGOEngine.trial_execute_graph(copy.copy(data))
     trained = {id_: m.metric for id_, m in models.items() if m.metric is not None}
     assert found == trained
+
+
+def test_a_trial_reads_the_experiments_settings(tmp_path):
+    a = model("a", "support.small:configured")
+    with cgo.CGOEngine(tmp_path, max_models=7) as engine:
+        engine.submit_models(a)
+        engine.wait_models(timeout_s=WAIT_S)
+    assert a.error is None
+    with pytest.raises(cgo.errors.TrialError, match="only there inside a trial"):
+        cgo.trial.experiment_config()

@@ -265,3 +265,15 @@ class Crashes(nn.Module):
 
 def crashes(**kwargs):
     return Crashes(**kwargs)
+
+
+def configured():
+    """Reads the experiment's settings, which are there in a trial alone."""
+    import os
+
+    from cgo.trial import experiment_config
+
+    if "CGO_IMPORT_ROOTS" in os.environ:
+        assert experiment_config()["max_models"] == 7
+        assert experiment_config()["trial_id"] == "t0000"
+    return mlp()
