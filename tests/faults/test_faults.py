@@ -144,9 +144,10 @@ def test_an_interrupted_engine_stops_its_trial_and_keeps_what_was_reported(child
 
 
 def test_a_full_disk_fails_the_models_with_the_reason(tmp_path):
-    # A limit on file size makes every write beyond it fail, as a full disk does.
+    # A limit on file size makes every write beyond it fail, as a full disk does. The limit is
+    # far above what the log takes, wherever the project lies, and far below the weights.
     platform = LocalPlatform(module="support.limited_trial", env={"PYTHONPATH": str(TESTS)})
-    a = model("a", source="points")
+    a = model("a", kwargs={"hidden": 20_000}, source="points")
     with cgo.CGOEngine(tmp_path, platform=platform) as engine:
         engine.submit_models(a)
         engine.wait_models(timeout_s=WAIT_S)

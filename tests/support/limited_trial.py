@@ -7,5 +7,5 @@ import sys
 from cgo import trial
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, 4_000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 sys.exit(trial.main())
