@@ -20,13 +20,26 @@ def save(folder: Path, members: dict[str, Any]) -> None:
     Args:
         folder: The trial's folder.
         members: What each member's `dump` gave, by model id.
+
+    Raises:
+        TrialError: the disk is full, or the folder cannot be written; it says which.
     """
     partial = folder / f"{NAME}.partial"
     with partial.open("wb") as stream:
-        torch.save({"version": VERSION, "members": members}, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
+        try:
+            torch.save({"version": VERSION, "members": members}, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        except (OSError, RuntimeError) as error:
+            raise TrialError(f"cannot write checkpoint {partial}: {_reason(error)}") from error
     os.replace(partial, folder / NAME)
+
+
+def _reason(error: BaseException) -> BaseException:
+    """The system's own error: torch.save may hide it behind one of its archive writer's."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def load(folder: Path) -> dict[str, Any] | None:

@@ -57,7 +57,7 @@ def test_a_killed_trial_goes_on_and_ends_as_if_nothing_had_happened(tmp_path):
     def models():
         return [
             model("a", kwargs={"dropout": 0.3}, epochs=6),
-            model("b", kwargs={"hidden": 5}, epochs=1),
+            model("b", kwargs={"hidden": 20_000}, epochs=1),
         ]
 
     undisturbed, disturbed = models(), models()
@@ -78,7 +78,7 @@ def test_a_killed_trial_goes_on_and_ends_as_if_nothing_had_happened(tmp_path):
 
 
 def test_a_model_that_kills_its_process_fails_alone(tmp_path):
-    good, other = model("good", kwargs={"hidden": 4}), model("other", kwargs={"hidden": 5})
+    good, other = model("good", kwargs={"hidden": 20_000}), model("other", kwargs={"hidden": 5})
     bad = model("bad", "support.small:crashes", {"after": 3})
     with cgo.CGOEngine(tmp_path) as engine:
         engine.submit_models(good, bad, other)
