@@ -13,7 +13,6 @@ import cProfile
 import json
 import os
 import platform
-import random
 import sys
 import tempfile
 import time
@@ -24,7 +23,6 @@ from typing import TypeVar
 
 import torch
 import torchmetrics  # noqa: F401  (validating a document imports it; no part of what is timed)
-from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from cgo.capture import Capturer, Examples
@@ -37,68 +35,10 @@ from cgo.passes.dedup_stems import dedup_stems
 from cgo.passes.merge import merge
 from cgo.passes.pipeline import run_pipeline
 from cgo.passes.unmerged import unmerged
+from cgo.zoo import random_cells
 
 LIMIT_S = 10.0
-OPERATIONS = ("none", "skip", "conv1", "conv3", "pool")
 T = TypeVar("T")
-
-
-def convolution(channels_in: int, channels: int, size: int, stride: int = 1) -> nn.Module:
-    """ReLU, convolution, batch norm: the search space's order."""
-    return nn.Sequential(
-        nn.ReLU(),
-        nn.Conv2d(channels_in, channels, size, stride, padding=size // 2, bias=False),
-        nn.BatchNorm2d(channels),
-    )
-
-
-def operation(name: str, channels: int) -> nn.Module | None:
-    """What stands on one edge of a cell; None where nothing does."""
-    return {
-        "none": lambda: None,
-        "skip": nn.Identity,
-        "conv1": lambda: convolution(channels, channels, 1),
-        "conv3": lambda: convolution(channels, channels, 3),
-        "pool": lambda: nn.AvgPool2d(3, 1, 1, count_include_pad=False),
-    }[name]()
-
-
-class Cell(nn.Module):
-    """Four values, each the sum of operations on all earlier ones (NAS-Bench-201, ICLR 2020)."""
-
-    def __init__(self, edges: Sequence[str], channels: int) -> None:
-        super().__init__()
-        names = iter(edges)
-        self.edges = nn.ModuleDict()
-        for target in range(1, 4):
-            for source in range(target):
-                found = operation(next(names), channels)
-                if found is not None:
-                    self.edges[f"{source}_{target}"] = found
-
-    def forward(self, x: Tensor) -> Tensor:
-        values = [x]
-        for target in range(1, 4):
-            terms = [
-                self.edges[f"{source}_{target}"](values[source])
-                for source in range(target)
-                if f"{source}_{target}" in self.edges
-            ]
-            values.append(sum(terms) if terms else torch.zeros_like(x))
-        return values[-1]
-
-
-def network(edges: Sequence[str], cells: int = 1, channels: int = 8) -> nn.Module:
-    """Stem, three stages of cells with a halving between them, classifier."""
-    stages: list[nn.Module] = [nn.Conv2d(3, channels, 3, padding=1, bias=False)]
-    stages.append(nn.BatchNorm2d(channels))
-    for stage in range(3):
-        stages += [Cell(edges, channels) for _ in range(cells)]
-        if stage < 2:
-            stages.append(convolution(channels, 2 * channels, 3, stride=2))
-            channels *= 2
-    return nn.Sequential(*stages, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                         nn.Linear(channels, 10))  # fmt: skip
 
 
 def images() -> tuple[Dataset[object], Dataset[object]]:
@@ -107,20 +47,18 @@ def images() -> tuple[Dataset[object], Dataset[object]]:
     return TensorDataset(x[:8], y[:8]), TensorDataset(x[8:], y[8:])  # type: ignore[return-value]
 
 
-def candidates(count: int, cells: int) -> list[Model]:
+def candidates(count: int, cells: int, seed: int = 0) -> list[Model]:
     """`count` different networks, the same in every run."""
-    generator = random.Random(0)
-    chosen: dict[tuple[str, ...], None] = {}
-    while len(chosen) < count:
-        edges = tuple(generator.choice(OPERATIONS) for _ in range(6))
-        if edges.count("none") <= 1:
-            chosen[edges] = None
-    here = Path(__file__).stem
-    data = DataSpec(f"{here}:images", batch_size=8)
-    kwargs = [{"edges": list(edges), "cells": cells} for edges in chosen]
+    data = DataSpec(f"{Path(__file__).stem}:images", batch_size=8)
     return [
-        Model(f"{here}:network", each, data=data, training=TrainingSpec(), model_id=f"m{index}")
-        for index, each in enumerate(kwargs)
+        Model(
+            "cgo.zoo:nas_bench_201",
+            {"edges": edges, "cells": cells, "inputs": 3},
+            data=data,
+            training=TrainingSpec(),
+            model_id=f"m{index:03}",
+        )
+        for index, edges in enumerate(random_cells(count, seed))
     ]
 
 

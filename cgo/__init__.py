@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         WorkerInfo,
     )
     from cgo.model import DataSpec, Model, ModelStatus, TrainingSpec, best
+    from cgo.passes.batch_operators import BatchOperators
     from cgo.store import Experiment, open_experiment
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ _HOME = {
     "AbstractExecutionEngine": "cgo.interface",
     "AbstractGraphListener": "cgo.interface",
     "BaseExecutionEngine": "cgo.engine",
+    "BatchOperators": "cgo.passes.batch_operators",
     "CGOEngine": "cgo.engine",
     "CgoError": "cgo.errors",
     "DataSpec": "cgo.model",
@@ -44,6 +46,7 @@ __all__ = [
     "AbstractExecutionEngine",
     "AbstractGraphListener",
     "BaseExecutionEngine",
+    "BatchOperators",
     "CGOEngine",
     "CgoError",
     "DataSpec",

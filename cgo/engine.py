@@ -31,11 +31,14 @@ from cgo.interface import (
     WorkerInfo,
 )
 from cgo.model import Model, ModelStatus
+from cgo.passes.batch_operators import BatchOperators
 from cgo.planner import MergeReport
 from cgo.platforms.base import Platform
 from cgo.platforms.local import LocalPlatform
 from cgo.scheduler import Scheduler
 from cgo.store import Store, spec_of
+
+_FUSE_ALL = BatchOperators()
 
 
 class _Engine(AbstractExecutionEngine):
@@ -48,6 +51,8 @@ class _Engine(AbstractExecutionEngine):
         import_paths: Further folders in which trials find user modules.
         max_models: Most models that may be submitted.
         max_duration_s: Seconds from the engine's start in which models may be submitted.
+        batch_operators: Which operators of different models may be fused, and how wide; None: none,
+            then what a model computes does not depend on its company by a single bit.
 
     Raises:
         StoreError: the experiment cannot be opened, or another engine holds it.
@@ -63,6 +68,7 @@ class _Engine(AbstractExecutionEngine):
         import_paths: Iterable[str | Path] = (),
         max_models: int | None = None,
         max_duration_s: float | None = None,
+        batch_operators: BatchOperators | None = _FUSE_ALL,
     ) -> None:
         self._import_paths = tuple(str(Path(path).resolve()) for path in import_paths)
         self._max_models, self._max_duration_s = max_models, max_duration_s
@@ -77,6 +83,7 @@ class _Engine(AbstractExecutionEngine):
             self._store,
             self._platform,
             merge=self._merge,
+            batch_operators=batch_operators,
             import_roots=self._import_roots,
             experiment={
                 "experiment_dir": str(self._store.folder),

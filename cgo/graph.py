@@ -72,6 +72,7 @@ class Node:
     types: tuple[TensorType | None, ...]  # one an output; None: an output that is no tensor
     owners: frozenset[ModelId]  # models that need it; never empty
     autocast: str | None = None  # dtype of the autocast region it runs in
+    group: str | None = None  # neighbours of one group may be executed as one operator
 
     def keyword(self, key: str) -> Argument:
         """The keyword argument `key`, or None."""
@@ -242,14 +243,17 @@ def verify(graph: Graph) -> None:
         GraphError: a duplicate name, a reference to nothing or to a later node, an output index
             out of range, unsorted keywords, an argument that is no `Argument`, a source with
             references, a graph output given twice, owners that are not exactly the models in
-            need, or a parameter or buffer of a model that does not own it.
+            need, a parameter or buffer of a model that does not own it, or a group that is not
+            contiguous, mixes operators or reads itself.
     """
     sizes: dict[str, int] = {}  # outputs of each node
+    groups = _Groups()
     for node in graph.nodes:
         if node.name in sizes:
             raise GraphError(f"two nodes are called %{node.name}")
         _check_form(node)
         refs = _checked_references(node)
+        groups.check(node, refs)
         if refs and node.op in SOURCES:
             raise GraphError(f"%{node.name}: a {node.op} takes no references")
         for ref in refs:
@@ -259,6 +263,36 @@ def verify(graph: Graph) -> None:
     owners = needed_by(graph)
     for node in graph.nodes:
         _check_owners(node, owners.get(node.name, frozenset()))
+
+
+class _Groups:
+    """Checks that a group's members stand together, are alike and do not read each other."""
+
+    def __init__(self) -> None:
+        self._closed: set[str] = set()
+        self._first: Node | None = None
+        self._members: set[str] = set()
+
+    def check(self, node: Node, refs: Iterable[Ref]) -> None:
+        first = self._first
+        if first is None or node.group != first.group:
+            if first is not None and first.group is not None:
+                self._closed.add(first.group)
+            if node.group in self._closed:
+                raise GraphError(f"%{node.name}: group {node.group!r} is not contiguous")
+            self._first, self._members = node, {node.name}
+            return
+        if node.group is None:
+            return
+        if node.op != first.op or node.autocast != first.autocast:
+            raise GraphError(
+                f"%{node.name}: group {node.group!r} mixes {first.op} and {node.op}, or autocast "
+                f"{first.autocast} and {node.autocast}"
+            )
+        for ref in refs:
+            if ref.name in self._members:
+                raise GraphError(f"%{node.name} reads %{ref.name} of its own group {node.group!r}")
+        self._members.add(node.name)
 
 
 def _check_form(node: Node) -> None:
@@ -363,6 +397,7 @@ def dump(graph: Graph) -> str:
         parts += [f"{key}={format_argument(value)}" for key, value in node.kwargs]
         types = ", ".join(map(format_type, node.types))
         mode = f" autocast={node.autocast}" if node.autocast else ""
+        mode += f" group={node.group}" if node.group else ""
         owners = ", ".join(sorted(node.owners))
         lines.append(f"%{node.name} = {node.op}({', '.join(parts)}) : {types}{mode} {{{owners}}}")
     for output in graph.outputs:

@@ -217,6 +217,7 @@ class _NodeDoc(BaseModel):
     types: list[_TypeDoc | None]
     owners: list[str]
     autocast: str | None = None
+    group: str | None = None
 
 
 class _OutputDoc(BaseModel):
@@ -341,6 +342,8 @@ def _encode_node(node: Node) -> dict[str, Any]:
         document["kwargs"] = {key: encode_argument(value) for key, value in node.kwargs}
     if node.autocast is not None:
         document["autocast"] = node.autocast
+    if node.group is not None:
+        document["group"] = node.group
     return document
 
 
@@ -462,6 +465,7 @@ def _decode_node(node: _NodeDoc) -> Node:
         ),
         owners=frozenset(node.owners),
         autocast=node.autocast,
+        group=node.group,
     )
 
 

@@ -21,6 +21,7 @@ from cgo.graph import Graph, ModelId
 from cgo.graph_data import FileRef, GraphData, ModelEntry, file_sha256
 from cgo.model import DataSpec, Model, as_json, digest_of
 from cgo.passes.alias_models import AliasModels, find_aliases
+from cgo.passes.batch_operators import BatchOperators
 from cgo.passes.dedup_inputs import dedup_inputs
 from cgo.passes.dedup_stems import dedup_stems
 from cgo.passes.merge import merge
@@ -28,6 +29,8 @@ from cgo.passes.pipeline import run_pipeline
 from cgo.passes.unmerged import Family, unmerged
 
 log = logging.getLogger(__name__)
+
+_FUSE_ALL = BatchOperators()
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,17 @@ class Plan:
 class Planner:
     """Plans trials; captures are cached across them."""
 
-    def __init__(self, merge: bool = True) -> None:
-        """With `merge` off, nothing is shared between models but the trial."""
+    def __init__(
+        self, merge: bool = True, batch_operators: BatchOperators | None = _FUSE_ALL
+    ) -> None:
+        """Set what may be merged.
+
+        Args:
+            merge: Off, nothing is shared between models but the trial.
+            batch_operators: Which operators may be fused; None: none.
+        """
         self._merge = merge
+        self._passes = () if batch_operators is None else (batch_operators,)
         self._capturer = Capturer()
         self._examples: dict[str, Examples] = {}
         self._captured: dict[ModelId, Captured] = {}  # instances, captured early for `content`
@@ -144,17 +155,21 @@ class Planner:
         aliases: Mapping[ModelId, ModelId],
         counts: list[tuple[str, int, int]],
     ) -> Graph:
-        graphs = [item.graph for item in captured if item.graph is not None]
+        # By id, so that what is shared and grouped does not depend on the order of submission.
+        ordered = sorted(captured, key=lambda item: item.entry.id)
+        graphs = [item.graph for item in ordered if item.graph is not None]
         graph = merge(graphs)
         before = len(graph.nodes)
         counts.append(("merge", before, before))
         if not self._merge:
             return graph
 
+        passes = (AliasModels(aliases), dedup_inputs, dedup_stems, *self._passes)
+
         def count(name: str, result: Graph) -> None:
             counts.append((name, counts[-1][2], len(result.nodes)))
 
-        return run_pipeline(graph, (AliasModels(aliases), dedup_inputs, dedup_stems), count)
+        return run_pipeline(graph, passes, count)
 
     def _write(
         self,

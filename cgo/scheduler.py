@@ -23,6 +23,7 @@ from cgo.events import Event
 from cgo.graph import ModelId
 from cgo.interface import AbstractGraphListener
 from cgo.model import Model
+from cgo.passes.batch_operators import BatchOperators
 from cgo.planner import MergeReport, Planner
 from cgo.platforms.base import Platform, TrialExit, TrialId, TrialRequest
 from cgo.store import Store
@@ -55,6 +56,7 @@ class Scheduler:
         store: The experiment's journal.
         platform: Where trials run.
         merge: Whether models share trials; without it each has its own.
+        batch_operators: Which operators of different models may be fused; None: none.
         import_roots: Folders for the trial's module path, from the models it trains.
         experiment: JSON settings that trials can read.
     """
@@ -65,6 +67,7 @@ class Scheduler:
         platform: Platform,
         *,
         merge: bool,
+        batch_operators: BatchOperators | None,
         import_roots: Callable[[Sequence[Model]], tuple[str, ...]],
         experiment: Mapping[str, Any],
     ) -> None:
@@ -72,7 +75,7 @@ class Scheduler:
         self._experiment = experiment
         self._store, self._platform, self._merge = store, platform, merge
         self._import_roots = import_roots
-        self._planner = Planner(merge=merge)
+        self._planner = Planner(merge, batch_operators)
         self._demultiplexer = Demultiplexer(store.record, store.load_state)
         self._submitted: deque[_Batch] = deque()  # not looked up yet
         self._queue: deque[_Batch] = deque()  # to be planned

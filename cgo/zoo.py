@@ -5,6 +5,7 @@ The data come with scikit-learn (`pip install 'cgo-engine[demo]'`): nothing is d
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import torch
@@ -114,3 +115,103 @@ def _cosines(size: int) -> Tensor:
     points = torch.arange(size, dtype=torch.float32) + 0.5
     waves = torch.stack([torch.cos(torch.pi / size * k * points) for k in range(size)])
     return torch.einsum("ax,by->abxy", waves, waves).reshape(size * size, size, size)
+
+
+#: What may stand on an edge of a NAS-Bench-201 cell.
+OPERATIONS = ("none", "skip", "conv1", "conv3", "pool")
+
+
+def random_cells(count: int, seed: int = 0) -> list[str]:
+    """That many different cells, drawn uniformly; each as `nas_bench_201` takes it."""
+    generator = random.Random(seed)
+    drawn: dict[str, None] = {}
+    while len(drawn) < count:
+        drawn[" ".join(generator.choice(OPERATIONS) for _ in range(6))] = None
+    return list(drawn)
+
+
+class _Zero(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul(0.0)
+
+
+def _edge(name: str, width: int) -> nn.Module:
+    match name:
+        case "none":
+            return _Zero()
+        case "skip":
+            return nn.Identity()
+        case "conv1" | "conv3":
+            return _relu_convolution(width, width, int(name[-1]))
+        case "pool":
+            return nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
+    raise ValueError(f"no operation {name!r}; there are {', '.join(OPERATIONS)}")
+
+
+def _relu_convolution(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.ReLU(),
+        nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False),
+        nn.BatchNorm2d(outputs),
+    )
+
+
+class _Cell(nn.Module):
+    """Four nodes; each is the sum of what the edges make of the nodes before it."""
+
+    def __init__(self, edges: Sequence[str], width: int) -> None:
+        super().__init__()
+        self.edges = nn.ModuleList(_edge(name, width) for name in edges)
+
+    def forward(self, x: Tensor) -> Tensor:
+        nodes, edges = [x], iter(self.edges)
+        for _ in range(3):
+            nodes.append(sum(next(edges)(node) for node in nodes))
+        return nodes[-1]
+
+
+class _Halving(nn.Module):
+    """A residual block of stride 2 that doubles the channels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            _relu_convolution(width, 2 * width, 3, 2), _relu_convolution(2 * width, 2 * width, 3)
+        )
+        self.around = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(width, 2 * width, 1, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.around(x) + self.body(x)  # type: ignore[no-any-return]
+
+
+def nas_bench_201(
+    edges: str = "conv3 skip conv1 pool none conv3",
+    cells: int = 1,
+    width: int = 16,
+    inputs: int = 1,
+) -> nn.Module:
+    """A network of the search space NAS-Bench-201: three stages of equal cells.
+
+    Args:
+        edges: The operations on the six edges of a cell, from `OPERATIONS`.
+        cells: Cells a stage.
+        width: Channels of the first stage.
+        inputs: Channels of the images, (N, inputs, H, W) with H and W divisible by 4.
+
+    Source: Dong and Yang, "NAS-Bench-201: Extending the Scope of Reproducible Neural Architecture
+    Search", ICLR 2020; sizes are free here.
+    """
+    names = edges.split()
+    if len(names) != 6:
+        raise ValueError(f"a cell has six edges; {edges!r} names {len(names)} operations")
+    layers: list[nn.Module] = [
+        nn.Conv2d(inputs, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+    ]
+    for stage in range(3):
+        if stage:
+            layers.append(_Halving(width))
+            width *= 2
+        layers += [_Cell(names, width) for _ in range(cells)]
+    head = [nn.BatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, *head, nn.Linear(width, 10))

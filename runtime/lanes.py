@@ -18,11 +18,13 @@ from cgo.errors import DataError
 from cgo.graph import Graph, ModelId, Node, Output, restrict
 from cgo.model import loss_function
 from cgo.runtime.data import Leaves, preserved_random_state
-from cgo.runtime.lower import Lowered, lower
+from cgo.runtime.lower import Lowered, Source, lower
 from cgo.runtime.member import Member
-from cgo.runtime.operators import drawer
+from cgo.runtime.operators import Fill, empty, filler
+from cgo.runtime.packing import PackedState, plan_packs, release
 from cgo.runtime.state import RandomState
 from cgo.runtime.step import autocast, compute, eval_mode
+from cgo.runtime.updates import Updates
 
 
 @dataclass(frozen=True)
@@ -50,23 +52,31 @@ class MergedLanes:
         self._graph = graph
         self._constants = constants
         self._device = device
-        self._programs: dict[tuple[str, tuple[ModelId, ...]], _Bound] = {}
+        self._packed_for: tuple[ModelId, ...] = ()
+        self._packed = PackedState((), self.members)
+        self._updates: Updates | None = None  # None: each model's own optimizer takes the step
+        self._programs: dict[tuple[str, tuple[ModelId, ...], bool], _Bound] = {}
 
     def train(self, models: Sequence[ModelId], leaves: Leaves, size: int) -> dict[ModelId, Outcome]:
-        """Losses of the given models; their gradients are in the parameters' `.grad`."""
+        """Losses of the given models; gradients wait for `update`."""
+        self._pack(models)
+        self._packed.zero_grad()
         bound = self._bound(f"train/{size}", models)
         drawn = bound.draw()
         try:
-            return self._train(bound, leaves, drawn)
+            outcomes = self._train(bound, leaves, drawn)
         except Exception as error:
             bound.restore()
+            self._drop_updates()
             if len(models) == 1:
                 return {models[0]: error}
             return self._train_apart(models, leaves, size, drawn)
+        if self._updates is None:
+            updaters = {model: self.members[model].updater for model in models}
+            self._updates = Updates(updaters, self._packed.learning)
+        return outcomes
 
-    def _train(
-        self, bound: _Bound, leaves: Leaves, drawn: Mapping[str, Tensor]
-    ) -> dict[ModelId, Outcome]:
+    def _train(self, bound: _Bound, leaves: Leaves, drawn: Drawn) -> dict[ModelId, Outcome]:
         results = bound.run(leaves, drawn)
         losses = {model: results[position] for model, position in bound.losses}
         learning = [loss for loss in losses.values() if loss.requires_grad]
@@ -76,25 +86,66 @@ class MergedLanes:
         return {model: Result(loss) for model, loss in losses.items()}
 
     def _train_apart(
-        self, models: Sequence[ModelId], leaves: Leaves, size: int, drawn: Mapping[str, Tensor]
+        self, models: Sequence[ModelId], leaves: Leaves, size: int, drawn: Drawn
     ) -> dict[ModelId, Outcome]:
         """Run each model alone on the same random numbers, to find which of them raises."""
         outcomes: dict[ModelId, Outcome] = {}
+        single: dict[tuple[str, ...], Tensor] = {
+            (name,): lane
+            for names, value in drawn.items()
+            for name, lane in zip(names, value if len(names) > 1 else [value])
+        }
         for model in models:
             self.members[model].updater.zero_grad()
-            bound = self._bound(f"train/{size}", [model])
+            bound = self._bound(f"train/{size}", [model], packed=False)
             try:
-                outcomes |= self._train(bound, leaves, drawn)
+                outcomes |= self._train(bound, leaves, single)
             except Exception as error:
                 bound.restore()
                 outcomes[model] = error
         return outcomes
 
+    def hand_out_gradients(self) -> None:
+        """Make each parameter's gradient of this step readable as its `.grad`."""
+        if self._updates is not None:
+            self._packed.hand_out_gradients()
+
+    def update(self, models: Sequence[ModelId]) -> dict[ModelId, Exception]:
+        """The optimizer step of the given models; returns what failed.
+
+        A model that has diverged and is to end for it stays as it is.
+        """
+        without = frozenset(model for model in models if self.members[model].diverged)
+        if self._updates is not None and set(models) == set(self._packed_for):
+            self._updates.step(without)
+            rest = [model for model in models if not self._updates.covers(model)]
+        else:
+            self.hand_out_gradients()
+            self._drop_updates()
+            rest = list(models)
+        if rest:
+            self.hand_out_gradients()
+        failures: dict[ModelId, Exception] = {}
+        for model in rest:
+            if model in without:
+                continue
+            try:
+                self.members[model].updater.step()
+            except Exception as error:
+                failures[model] = error
+        return failures
+
     def evaluate(
         self, models: Sequence[ModelId], leaves: Leaves, size: int
     ) -> dict[ModelId, Outcome]:
         """Losses and predictions of the given models, without gradients."""
-        bound = self._bound(f"validation/{size}", models)
+        self._pack(models)
+        return self._evaluate(models, leaves, size, packed=True)
+
+    def _evaluate(
+        self, models: Sequence[ModelId], leaves: Leaves, size: int, *, packed: bool
+    ) -> dict[ModelId, Outcome]:
+        bound = self._bound(f"validation/{size}", models, packed=packed)
         try:
             with torch.no_grad():
                 results = bound.run(leaves, bound.draw())
@@ -105,26 +156,54 @@ class MergedLanes:
                 return {models[0]: error}
             outcomes: dict[ModelId, Outcome] = {}
             for model in models:
-                outcomes |= self.evaluate([model], leaves, size)
+                outcomes |= self._evaluate([model], leaves, size, packed=False)
             return outcomes
         found: dict[ModelId, dict[str, Tensor]] = {model: {} for model in models}
-        for output, value in zip(bound.lowered.outputs, results):
-            found[output.model][output.role] = value
+        for result, value in zip(bound.lowered.results, results):
+            for output in result.outputs:
+                found[output.model][output.role] = value
         return {m: Result(roles["loss"], roles.get("prediction")) for m, roles in found.items()}
 
-    def _bound(self, program: str, models: Sequence[ModelId]) -> _Bound:
-        key = program, tuple(models)
+    def sync(self) -> None:
+        """Bring each model's own optimizer up to date, for a checkpoint."""
+        if self._updates is not None:
+            self._updates.sync()
+
+    def _drop_updates(self) -> None:
+        """Go back to the models' own optimizers."""
+        self.sync()
+        self._updates = None
+
+    def _pack(self, models: Sequence[ModelId]) -> None:
+        """Arrange the state of the models that run now; a model that left keeps its own."""
+        if self._packed_for == tuple(models):
+            return
+        self._drop_updates()
+        self._packed_for = tuple(models)
+        packs = plan_packs(restrict(self._graph, models=set(models)))
+        self._packed = PackedState(packs, self.members)
+        self._programs = {key: bound for key, bound in self._programs.items() if not key[2]}
+        for member in self.members.values():
+            release(member, self._packed.held)
+
+    def _bound(self, program: str, models: Sequence[ModelId], *, packed: bool = True) -> _Bound:
+        key = program, tuple(models), packed
         bound = self._programs.get(key)
         if bound is None:
             part = restrict(self._graph, models=set(models))
-            lowered = lower(part, program, self._device)
-            bound = _Bound(lowered, self.members, self._constants)
+            state = self._packed if packed else PackedState((), self.members)
+            lowered = lower(part, program, self._device, state.packs)
+            bound = _Bound(lowered, self.members, self._constants, state)
             self._programs[key] = bound
         return bound
 
     def forget(self, model: ModelId) -> None:
         """Drop the programs that an ended model was part of."""
         self._programs = {key: b for key, b in self._programs.items() if model not in key[1]}
+
+
+#: A step's random tensors by the names of the nodes that they stand for.
+Drawn = Mapping[tuple[str, ...], Tensor]
 
 
 class _Bound:
@@ -135,56 +214,79 @@ class _Bound:
         lowered: Lowered,
         members: Mapping[ModelId, Member],
         constants: Mapping[str, Tensor],
+        packed: PackedState,
     ) -> None:
         self.lowered = lowered
+        self._members, self._packed = members, packed
         self._values: list[Tensor | None] = []
         self._inputs: list[tuple[int, str, torch.dtype, torch.Size]] = []
-        random: list[tuple[int, Node]] = []
-        for position, node in enumerate(lowered.sources):
+        self._random: list[tuple[int, Source]] = []
+        for position, source in enumerate(lowered.sources):
+            node = source.nodes[0]
             value: Tensor | None = None
             if node.op == "cgo.input":
                 self._inputs.append((position, *_expected(node)))
             elif node.op == "cgo.random":
-                random.append((position, node))
+                self._random.append((position, source))
             elif node.op == "cgo.constant":
                 value = constants[str(node.keyword("content"))]
+            elif source.packed:
+                value = packed.leaves[tuple(node.name for node in source.nodes)]
             else:
                 owner = members[str(node.keyword("model"))]
                 value = owner.state.tensors[str(node.keyword("path"))]
             self._values.append(value)
-        # Each model's draws in its own operator order; the order between models is of no account.
-        random.sort(key=lambda item: int(item[1].keyword("order")))  # type: ignore[arg-type]
-        self._random = [(position, node.name) for position, node in random]
-        self._draws = [
-            (
-                node.name,
-                drawer(node, lowered.device),
-                members[str(node.keyword("model"))].state.generator,
-            )
-            for _, node in random
-        ]
+        self._draws = self._plan_draws()
         self.losses = [
-            (output.model, position)
-            for position, output in enumerate(lowered.outputs)
-            if output.role == "loss"
+            (result.outputs[0].model, position)
+            for position, result in enumerate(lowered.results)
+            if result.outputs[0].role == "loss"
         ]
-        self._updates = self._find_updates(members)
-        buffers = {id(buffer): buffer for _, _, buffer in self._updates}
-        self._buffers = list(buffers.values())
+        self._plan_updates()
+
+    def _plan_draws(self) -> list[tuple[tuple[str, ...], int | None, Fill, torch.Generator]]:
+        """Each model's draws in its own operator order; between models no order matters."""
+        found = []
+        for _, source in self._random:
+            names = tuple(node.name for node in source.nodes)
+            for lane, node in enumerate(source.nodes):
+                generator = self._members[str(node.keyword("model"))].state.generator
+                order = node.keyword("order")
+                assert isinstance(order, int)
+                place = lane if source.packed else None
+                found.append((order, names, place, filler(node), generator))
+        found.sort(key=lambda item: item[0])
+        return [item[1:] for item in found]
+
+    def _plan_updates(self) -> None:
+        self._updates: list[tuple[int, Tensor]] = []
+        for position, result in enumerate(self.lowered.results):
+            if result.outputs[0].role == "update":
+                self._updates.append((position, self._buffer(result.outputs[0], result.packed)))
+        written = [self._buffer(output, True) for output in self.lowered.written]
+        targets = {id(target): target for target in [t for _, t in self._updates] + written}
+        self._buffers = list(targets.values())
         self._before = [torch.empty_like(buffer) for buffer in self._buffers]
 
-    def _find_updates(self, members: Mapping[ModelId, Member]) -> list[tuple[int, Output, Tensor]]:
-        return [
-            (position, output, members[output.model].state.tensors[output.key])
-            for position, output in enumerate(self.lowered.outputs)
-            if output.role == "update"
-        ]
+    def _buffer(self, output: Output, packed: bool) -> Tensor:
+        """Where an updated buffer lies: in its pack, or its model's own tensor."""
+        own = self._members[output.model].state.tensors[output.key]
+        return self._packed.place.get((output.model, output.key), own) if packed else own
 
-    def draw(self) -> dict[str, Tensor]:
+    def draw(self) -> Drawn:
         """This step's random tensors, each model's from its own stream in its own order."""
-        return {name: draw(generator) for name, draw, generator in self._draws}
+        drawn: dict[tuple[str, ...], Tensor] = {}
+        for _, source in self._random:
+            type_ = source.nodes[0].types[0]
+            assert type_ is not None
+            members = len(source.nodes) if source.packed else None
+            names = tuple(node.name for node in source.nodes)
+            drawn[names] = empty(type_, self.lowered.device, members)
+        for names, lane, fill, generator in self._draws:
+            fill(drawn[names] if lane is None else drawn[names][lane], generator)
+        return drawn
 
-    def run(self, leaves: Leaves, drawn: Mapping[str, Tensor]) -> list[Tensor]:
+    def run(self, leaves: Leaves, drawn: Drawn) -> list[Tensor]:
         """Run the program on one batch; buffers may already be written when it raises."""
         values = self._values.copy()
         for position, name, dtype, shape in self._inputs:
@@ -192,8 +294,8 @@ class _Bound:
             if leaf is None or leaf.dtype is not dtype or leaf.shape != shape:
                 raise _unexpected(leaves, name, dtype, shape)
             values[position] = leaf
-        for position, name in self._random:
-            values[position] = drawn[name]
+        for position, source in self._random:
+            values[position] = drawn[tuple(node.name for node in source.nodes)]
         if self._buffers:
             torch._foreach_copy_(self._before, self._buffers)
         return self.lowered(values)  # type: ignore[arg-type]
@@ -203,9 +305,8 @@ class _Bound:
         if not self._updates:
             return
         with torch.no_grad():
-            for position, _, buffer in self._updates:
-                if results[position] is not buffer:
-                    buffer.copy_(results[position])
+            targets = [target for _, target in self._updates]
+            torch._foreach_copy_(targets, [results[position] for position, _ in self._updates])
 
     def restore(self) -> None:
         """Undo what a failed run wrote into buffers."""

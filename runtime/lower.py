@@ -1,7 +1,9 @@
 """From a program of the graph to a Python function over tensors.
 
 Lowering writes a `torch.fx` graph and lets fx generate straight-line code, so that a training step
-pays for its operators and for nothing that walks a graph.
+pays for its operators and for nothing that walks a graph. A group of nodes becomes one fused
+operator where a form of `cgo.runtime.forms` applies, else what `vmap` makes of its operator, else a
+loop over its members.
 """
 
 from __future__ import annotations
@@ -16,12 +18,65 @@ import torch
 from torch import Tensor, fx
 
 from cgo.errors import GraphError
-from cgo.graph import SOURCES, Argument, Graph, Node, Output, Ref, Symbol, inputs_of, restrict
+from cgo.graph import (
+    SOURCES,
+    STATE,
+    Argument,
+    Graph,
+    Node,
+    Output,
+    Ref,
+    Symbol,
+    homes,
+    inputs_of,
+    restrict,
+)
 from cgo.operators import aten
+from cgo.runtime.emitter import (
+    STACKED,
+    Emitter,
+    Group,
+    Packed,
+    Types,
+    item,
+    make_group,
+    operator_of,
+    returns_list,
+    runs,
+)
+from cgo.runtime.forms import forms_of
+from cgo.runtime.forms.general import vectorise
 from cgo.runtime.operators import batch_norm, batch_norm_copying, symbol_value
+from cgo.runtime.packing import Pack, Place
 
 #: Nodes whose value is handed to the program.
 HANDED = SOURCES | {"cgo.random"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A value that the program is given: one node's, or several nodes' as (M, ...)."""
+
+    nodes: tuple[Node, ...]
+    packed: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """A value that the program gives: one output's, or several outputs' as (M, ...)."""
+
+    outputs: tuple[Output, ...]
+    packed: bool = False
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How one group is executed; `form` is None for a loop over its members."""
+
+    operator: str
+    size: int
+    form: str | None
+    reason: str = ""  # of a loop
 
 
 @dataclass(frozen=True)
@@ -29,20 +84,24 @@ class Lowered:
     """One program, ready to run.
 
     Calling it with one tensor for each of `sources`, in order, gives one tensor for each of
-    `outputs`, in order.
+    `results`, in order. Outputs that it writes straight into their buffers are in `written`.
     """
 
-    sources: tuple[Node, ...]
-    outputs: tuple[Output, ...]
+    sources: tuple[Source, ...]
+    results: tuple[Result, ...]
+    written: tuple[Output, ...]
+    decisions: tuple[Decision, ...]
+    gathers: int  # times that members' values were copied together
+    calls: int  # of torch functions
     regions: tuple[_Region, ...]
     device: torch.device
 
     def __call__(self, values: Sequence[Tensor]) -> list[Tensor]:
         """Run the program."""
         if len(self.regions) == 1 and self.regions[0].autocast is None:
-            region = self.regions[0]  # reads all sources and writes all outputs, in order
+            region = self.regions[0]  # reads all sources and writes all results, in order
             return list(region.function(*values))
-        results: list[Tensor] = [None] * len(self.outputs)  # type: ignore[list-item]
+        results: list[Tensor] = [None] * len(self.results)  # type: ignore[list-item]
         for region in self.regions:
             with region.context(self.device):
                 returned = region.function(*[values[index] for index in region.reads])
@@ -58,7 +117,7 @@ class _Region:
     autocast: str | None
     function: Callable[..., Sequence[Tensor]]
     reads: tuple[int, ...]  # positions in sources
-    writes: tuple[int, ...]  # positions in outputs
+    writes: tuple[int, ...]  # positions in results
 
     def context(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         if self.autocast is None:
@@ -66,13 +125,14 @@ class _Region:
         return torch.autocast(device.type, dtype=getattr(torch, self.autocast))
 
 
-def lower(graph: Graph, program: str, device: torch.device) -> Lowered:
+def lower(graph: Graph, program: str, device: torch.device, packs: Sequence[Pack] = ()) -> Lowered:
     """Make one program of a graph executable.
 
     Args:
         graph: The merged graph, restricted to the models that are to run.
         program: The program's name, such as "train/64".
         device: Where its tensors are.
+        packs: Parameters and buffers that will be handed over as one tensor.
 
     Raises:
         GraphError: the graph has no such program, or nodes of different autocast settings feed
@@ -81,13 +141,97 @@ def lower(graph: Graph, program: str, device: torch.device) -> Lowered:
     part = restrict(graph, program=program)
     if not part.outputs:
         raise GraphError(f"the graph has no program {program!r}")
-    sources = tuple(node for node in part.nodes if node.op in HANDED)
-    settings = _settings(part)
-    regions = tuple(
-        _region(part, sources, settings, setting, device)
-        for setting in dict.fromkeys(settings.values())
-    )
-    return Lowered(sources, part.outputs, regions, device)
+    return _Lowering(part, device, packs).lowered()
+
+
+class _Lowering:
+    """One program on its way; results are collected over its regions."""
+
+    def __init__(self, part: Graph, device: torch.device, packs: Sequence[Pack]) -> None:
+        self.part, self.device = part, device
+        self.nodes = {node.name: node for node in part.nodes}
+        self.types: Types = {
+            Ref(node.name, index): type_
+            for node in part.nodes
+            for index, type_ in enumerate(node.types)
+        }
+        self.readers = _readers(part)
+        self.settings = _settings(part)
+        self.sources = _sources(part, packs)
+        self.packs = packs
+        self.results: list[Result] = []
+        self.written: list[Output] = []
+        self.decisions: list[Decision] = []
+        self.gathers = self.calls = 0
+
+    def lowered(self) -> Lowered:
+        regions = [self._region(s) for s in dict.fromkeys(self.settings.values())]
+        return Lowered(
+            self.sources,
+            tuple(self.results),
+            tuple(self.written),
+            tuple(self.decisions),
+            self.gathers,
+            self.calls,
+            tuple(regions),
+            self.device,
+        )
+
+    def _region(self, setting: str | None) -> _Region:
+        nodes = [
+            n for n in self.part.nodes if n.op not in HANDED and self.settings[n.name] == setting
+        ]
+        outputs = [o for o in self.part.outputs if self.settings[o.ref.name] == setting]
+        needed = {ref.name for node in nodes for ref in inputs_of(node)}
+        needed |= {output.ref.name for output in outputs}
+        reads = tuple(
+            index
+            for index, source in enumerate(self.sources)
+            if any(node.name in needed for node in source.nodes)
+        )
+        builder = _Builder(self.device, self.types, self.readers, setting)
+        builder.place([self.sources[index] for index in reads])
+        for members in runs(nodes):
+            builder.add(members)
+        results = self._results(builder.emitter, outputs)
+        first = len(self.results)
+        self.results += results
+        self.decisions += builder.decisions
+        function = builder.finish(results)
+        self.gathers += sum(builder.emitter.gathers.values())
+        self.calls += sum(n.op == "call_function" for n in builder.emitter.graph.nodes)
+        return _Region(setting, function, reads, tuple(range(first, len(self.results))))
+
+    def _results(self, emitter: Emitter, outputs: Sequence[Output]) -> list[Result]:
+        """What has to leave the region: updates of packed buffers together, where they can."""
+        open_: dict[Place, Output] = {}
+        results: list[Result] = []
+        for output in outputs:
+            if output.role != "update":
+                results.append(Result((output,)))
+            elif output.ref in emitter.written and self._own(output):
+                self.written.append(output)
+            else:
+                open_[output.model, output.key] = output
+        for pack in self.packs:
+            lanes = [open_[place] for place in pack.places if place in open_]
+            if len(lanes) == len(pack.places):
+                whole = emitter.whole([lane.ref for lane in lanes])
+                if whole is not None and whole.layout == STACKED:
+                    results.append(Result(tuple(lanes), packed=True))
+                    for place in pack.places:
+                        del open_[place]
+        return results + [Result((output,)) for output in open_.values()]
+
+    def _own(self, output: Output) -> bool:
+        """Whether the buffer that the norm writes is the output's, and no twin of it."""
+        norm = self.nodes[output.ref.name]
+        argument = norm.args[2 + output.ref.index]
+        assert isinstance(argument, Ref)
+        source = self.nodes[argument.name]
+        # Capture lowers programs whose state has no model yet.
+        first = homes(source)[:1] or ((output.model, source.keyword("path")),)
+        return source.op in STATE and first[0] == (output.model, output.key)
 
 
 def _settings(part: Graph) -> dict[str, str | None]:
@@ -108,26 +252,37 @@ def _settings(part: Graph) -> dict[str, str | None]:
     return settings
 
 
-def _region(
-    part: Graph,
-    sources: tuple[Node, ...],
-    settings: dict[str, str | None],
-    setting: str | None,
-    device: torch.device,
-) -> _Region:
-    nodes = [n for n in part.nodes if n.op not in HANDED and settings[n.name] == setting]
-    writes = tuple(
-        index for index, output in enumerate(part.outputs) if settings[output.ref.name] == setting
-    )
-    needed = {ref.name for node in nodes for ref in inputs_of(node)}
-    needed |= {part.outputs[index].ref.name for index in writes}
-    reads = tuple(index for index, source in enumerate(sources) if source.name in needed)
-    builder = _Builder(device, _readers(part))
-    builder.place([sources[index] for index in reads])
-    for node in nodes:
-        builder.call(node)
-    function = builder.finish([part.outputs[index].ref for index in writes])
-    return _Region(setting, function, reads, writes)
+def _sources(part: Graph, packs: Sequence[Pack]) -> tuple[Source, ...]:
+    """Packs first, then random tensors that a group reads together, then single nodes."""
+    nodes = {node.name: node for node in part.nodes}
+    found: list[Source] = []
+    taken: set[str] = set()
+    for pack in packs:
+        if any(name in nodes for name in pack.names):
+            # A lane that this program does not read is there all the same.
+            lanes = tuple(nodes.get(name, _absent(name)) for name in pack.names)
+            found.append(Source(lanes, packed=True))
+            taken.update(pack.names)
+    for members in runs([node for node in part.nodes if node.op not in HANDED]):
+        for column in zip(*(inputs_of(member) for member in members)) if len(members) > 1 else ():
+            drawn = tuple(nodes[ref.name] for ref in column)
+            names = {node.name for node in drawn}
+            if _drawn_together(drawn) and len(names) == len(drawn) and taken.isdisjoint(names):
+                found.append(Source(drawn, packed=True))
+                taken |= names
+    rest = [n for n in part.nodes if n.op in HANDED and n.name not in taken]
+    return (*found, *(Source((node,)) for node in rest))
+
+
+def _absent(name: str) -> Node:
+    return Node(name, "cgo.buffer", (), (), (None,), frozenset())
+
+
+def _drawn_together(drawn: Sequence[Node]) -> bool:
+    if any(node.op != "cgo.random" or node.types != drawn[0].types for node in drawn):
+        return False
+    type_ = drawn[0].types[0]
+    return type_ is not None and type_.stride is None
 
 
 def _readers(part: Graph) -> Counter[Ref]:
@@ -138,31 +293,77 @@ def _readers(part: Graph) -> Counter[Ref]:
 
 
 class _Builder:
-    def __init__(self, device: torch.device, readers: Counter[Ref]) -> None:
-        self.graph = fx.Graph()
-        self.device = device
-        self.readers = readers
-        self.values: dict[Ref, fx.Node] = {}
+    """Writes the nodes of one region."""
 
-    def place(self, sources: Sequence[Node]) -> None:
+    def __init__(
+        self, device: torch.device, types: Types, readers: Counter[Ref], setting: str | None
+    ) -> None:
+        self.emitter = Emitter(device, types, readers)
+        self.decisions: list[Decision] = []
+        self.setting = setting
+
+    def place(self, sources: Sequence[Source]) -> None:
         for index, source in enumerate(sources):
-            self.values[Ref(source.name)] = self.graph.placeholder(f"s{index}")
+            placeholder = self.emitter.graph.placeholder(f"s{index}")
+            if source.packed:
+                packed = Packed(placeholder, STACKED)
+                self.emitter.set_packed([Ref(node.name) for node in source.nodes], packed)
+                self.emitter.sources.add(id(packed))
+            else:
+                self.emitter.set(Ref(source.nodes[0].name), placeholder)
 
-    def call(self, node: Node) -> None:
+    def add(self, members: Sequence[Node]) -> None:
+        """Write a group; a single node is a loop of one, which needs no decision."""
+        if len(members) > 1:
+            decision = self._fuse(make_group(members, self.emitter.types))
+            self.decisions.append(decision)
+            if decision.form is not None:
+                return
+        for node in members:
+            self._call(node)
+
+    def _fuse(self, group: Group) -> Decision:
+        operator = operator_of(group.nodes[0])
+        if all(column.shared for column in group.columns):
+            return Decision(operator, group.size, None, "every member reads the same values")
+        for form in forms_of(operator):
+            values = form.rule(self.emitter, group)
+            if values is not None:
+                self._set(group, values)
+                return Decision(operator, group.size, form.name)
+        values, reason = vectorise(self.emitter, group)
+        if values is None:
+            return Decision(operator, group.size, None, reason)
+        self._set(group, values)
+        return Decision(operator, group.size, "vmap")
+
+    def _set(self, group: Group, values: Sequence[Packed]) -> None:
+        for index, value in enumerate(values):
+            type_ = group.types[index]
+            if self.setting is not None and type_ is not None:
+                # Autocast may give the parts of a form another dtype than the operator has.
+                dtype = getattr(torch, type_.dtype)
+                value = Packed(self.emitter.call(torch.Tensor.to, value.node, dtype), value.layout)
+            self.emitter.set_packed(group.refs(index), value)
+
+    def _call(self, node: Node) -> None:
+        emitter = self.emitter
         args = tuple(self._argument(argument) for argument in node.args)
         kwargs = {key: self._argument(value) for key, value in node.kwargs}
-        result = self.graph.call_function(self._kernel(node), args, kwargs)
-        if len(node.types) == 1 and not _returns_list(node):
-            self.values[Ref(node.name)] = result
+        result = emitter.graph.call_function(self._kernel(node), args, kwargs)
+        if len(node.types) == 1 and not returns_list(node):
+            emitter.set(Ref(node.name), result)
             return
         for index in range(len(node.types)):
             ref = Ref(node.name, index)
-            if self.readers[ref]:
-                self.values[ref] = self.graph.call_function(_item, (result, index))
+            if emitter.readers[ref]:
+                emitter.set(ref, emitter.call(item, result, index))
 
-    def finish(self, results: Sequence[Ref]) -> Callable[..., Sequence[Tensor]]:
-        self.graph.output(tuple(self.values[ref] for ref in results))
-        module = fx.GraphModule(torch.nn.Module(), self.graph)
+    def finish(self, results: Sequence[Result]) -> Callable[..., Sequence[Tensor]]:
+        emitter = self.emitter
+        emitter.graph.output(tuple(self._leaving(result) for result in results))
+        emitter.graph.eliminate_dead_code(_has_effect)
+        module = fx.GraphModule(torch.nn.Module(), emitter.graph)
         # The plain function: a module call costs more than several small operators.
         forward: Callable[..., Sequence[Tensor]] = type(module).forward
 
@@ -171,33 +372,44 @@ class _Builder:
 
         return run
 
+    def _leaving(self, result: Result) -> fx.Node:
+        if not result.packed:
+            return self.emitter.value(result.outputs[0].ref)
+        whole = self.emitter.whole([output.ref for output in result.outputs])
+        assert whole is not None
+        return whole.node
+
     def _kernel(self, node: Node) -> Callable[..., Any]:
         if node.op == "cgo.batch_norm":
             alone = all(
-                isinstance(argument, Ref) and self.readers[argument] == 1
+                isinstance(argument, Ref) and self.emitter.readers[argument] == 1
                 for argument in node.args[3:5]
             )
+            if alone:
+                self.emitter.written |= {Ref(node.name, 1), Ref(node.name, 2)}
             return batch_norm if alone else batch_norm_copying
         overload = aten(node.op)
         if overload is None:
             raise GraphError(f"%{node.name}: operator {node.op} has no kernel")
-        return overload  # type: ignore[no-any-return]
+        # A lane of a packed value is not always contiguous.
+        return _ANY_STRIDES.get(node.op, overload)  # type: ignore[no-any-return]
 
     def _argument(self, argument: Argument) -> Any:
         if isinstance(argument, Ref):
-            return self.values[argument]
+            return self.emitter.value(argument)
         if isinstance(argument, Symbol):
-            return symbol_value(argument, self.device)
+            return symbol_value(argument, self.emitter.device)
         if isinstance(argument, tuple):
             return [self._argument(item) for item in argument]
         return argument
 
 
-def _item(values: Sequence[Tensor], index: int) -> Tensor:
-    return values[index]
+_ANY_STRIDES = {
+    "aten.view.default": torch.ops.aten.reshape.default,
+    "aten._unsafe_view.default": torch.ops.aten.reshape.default,
+}
 
 
-def _returns_list(node: Node) -> bool:
-    """Whether an operator with one output returns it in a list (`split` into one piece)."""
-    overload = aten(node.op)
-    return overload is not None and str(overload._schema.returns[0].type).startswith("List")
+def _has_effect(node: fx.Node) -> bool:
+    """Writing statistics is an effect; what else is not read need not be computed."""
+    return node.op in ("placeholder", "output") or node.target in (batch_norm,)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from cgo import weights
 from cgo.events import Event
@@ -34,6 +35,7 @@ class Member:
         self.updater = Updater(entry.training, self.state.parameters())
         self.train_loss = LossMeter()
         self.lr = self.updater.lr
+        self.diverged = False  # a loss was not finite, which is to end the model
 
     @property
     def id(self) -> ModelId:
@@ -94,7 +96,9 @@ class Member:
         if self.running:
             scheduler = self.updater.scheduler
             record["state"] = self.state.dump()
-            record["optimizer"] = self.updater.optimizer.state_dict()
+            # A packed model's tensors are views: saved as they are, they would take all of a pack.
+            optimizer = self.updater.optimizer.state_dict()
+            record["optimizer"] = tree_map_only(torch.Tensor, torch.clone, optimizer)
             record["scheduler"] = None if scheduler is None else scheduler.state_dict()
         return record
 

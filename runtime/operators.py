@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,9 @@ from torch import Tensor
 
 from cgo.errors import GraphError
 from cgo.graph import Node, Symbol, TensorType
+
+#: Fills a tensor with random numbers from a generator.
+Fill = Callable[[Tensor, torch.Generator], object]
 
 
 def batch_norm(
@@ -43,33 +45,34 @@ def batch_norm_copying(
     return batch_norm(x, weight, bias, mean.clone(), var.clone(), momentum, eps)
 
 
-def drawer(node: Node, device: torch.device) -> Callable[[torch.Generator], Tensor]:
+def filler(node: Node) -> Fill:
     """How to draw what a `cgo.random` node stands for, as the eager operator would."""
-    type_ = node.types[0]
-    assert type_ is not None
-    make = functools.partial(_empty, type_, getattr(torch, type_.dtype), device)
     given = dict(node.kwargs)
     match given["distribution"], given.get("p"):
         case "dropout", 1.0:
-            return lambda generator: make().zero_()
+            return lambda out, generator: out.zero_()
         case "dropout", float(p):  # zeros and 1 / (1 - p): what x is multiplied by
             keep = 1 - p
-            return lambda generator: make().bernoulli_(keep, generator=generator).div_(keep)
+            return lambda out, generator: out.bernoulli_(keep, generator=generator).div_(keep)
         case "bernoulli", float(p):
-            return lambda generator: make().bernoulli_(p, generator=generator)
+            return lambda out, generator: out.bernoulli_(p, generator=generator)
         case "uniform", _:
-            return lambda generator: make().uniform_(generator=generator)
+            return lambda out, generator: out.uniform_(generator=generator)
         case "normal", _:
-            return lambda generator: make().normal_(generator=generator)
+            return lambda out, generator: out.normal_(generator=generator)
         case "randint", _:
             low, high = given["low"], given["high"]
             assert isinstance(low, int)
             assert isinstance(high, int)
-            return lambda generator: make().random_(low, high, generator=generator)
+            return lambda out, generator: out.random_(low, high, generator=generator)
     raise GraphError(f"%{node.name}: unknown distribution {given['distribution']!r}")
 
 
-def _empty(type_: TensorType, dtype: torch.dtype, device: torch.device) -> Tensor:
+def empty(type_: TensorType, device: torch.device, members: int | None = None) -> Tensor:
+    """Memory for a tensor of this type, or for several as (M, ...)."""
+    dtype = getattr(torch, type_.dtype)
+    if members is not None:
+        return torch.empty((members, *type_.shape), dtype=dtype, device=device)
     if type_.stride is None:
         return torch.empty(type_.shape, dtype=dtype, device=device)
     return torch.empty_strided(type_.shape, type_.stride, dtype=dtype, device=device)

@@ -49,10 +49,14 @@ class Updater:
             self.optimizer.zero_grad()
 
     def step(self) -> None:
-        """Clip this model's own gradients, update, and step a scheduler that goes by steps."""
+        """Clip this model's own gradients, update, and step the scheduler."""
         if self.training.grad_clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.training.grad_clip_norm)
         self.optimizer.step()
+        self.step_scheduler()
+
+    def step_scheduler(self) -> None:
+        """Step a scheduler that goes by steps."""
         if self.scheduler is not None and self.training.scheduler_interval == "step":
             self.scheduler.step()
 

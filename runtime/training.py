@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,9 @@ from cgo.runtime.data import Leaves, Loader, open_data, target_of
 from cgo.runtime.lanes import MergedLanes, OpaqueLane, Outcome, Result
 from cgo.runtime.member import Member, Report
 from cgo.runtime.meters import EvaluationMeter
+
+#: Steps between two looks at the losses on a GPU.
+_LOOK_EVERY = 64
 
 
 class Observer(Protocol):
@@ -124,6 +128,7 @@ class _Trial:
             for cohort in self.cohorts:
                 if cohort.running():
                     cohort.epoch()
+                cohort.merged.sync()
             checkpoint.save(self.folder, {id_: m.dump() for id_, m in self.members.items()})
         self._tell("finished")
 
@@ -209,26 +214,42 @@ class Cohort:
         for size, leaves in loader.train(epoch):
             for member in running:
                 member.updater.zero_grad()
+            learned = []
             for member, outcome in self._compute(running, leaves, size, training=True):
                 if isinstance(outcome, Result):
-                    self._update(member, outcome, size, step)
+                    self._count(member, outcome, size, step)
+                    learned.append(member)
                 else:
                     self._fail(member, outcome)
+            self._update(learned)
             step += 1
             if any(member.ended is not None for member in running):
                 running = [member for member in running if member.running]
                 if not running:
                     return
 
-    def _update(self, member: Member, result: Result, size: int, step: int) -> None:
+    def _count(self, member: Member, result: Result, size: int, step: int) -> None:
         if self.observer is not None:
+            self.merged.hand_out_gradients()
             self.observer.on_loss(member.id, step, result.loss.detach())
             self.observer.on_gradients(member.id, step, member.state.named_gradients())
         member.train_loss.add(result.loss, size)
-        try:
-            member.updater.step()
-        except Exception as error:
-            self._fail(member, error)
+        # Looking at a loss waits for a GPU, so there it is done now and then.
+        looks = self.device.type == "cpu" or step % _LOOK_EVERY == 0
+        if looks and member.entry.training.stop_on_nan and not math.isfinite(result.loss.detach()):
+            member.diverged = True
+
+    def _update(self, members: Sequence[Member]) -> None:
+        merged = [member.id for member in members if member.entry.opaque is None]
+        failures = self.merged.update(merged) if merged else {}
+        for member in members:
+            if member.entry.opaque is not None and not member.diverged:
+                try:
+                    member.updater.step()
+                except Exception as error:
+                    failures[member.id] = error
+        for id_, failure in failures.items():
+            self._fail(self.members[id_], failure)
 
     def _evaluate(
         self, loader: Loader, members: Sequence[Member]

@@ -178,7 +178,8 @@ def test_the_baseline_trains_each_model_in_its_own_trial(tmp_path, finished):
     for each in models:
         same = ("train_loss", "val_loss", "val_accuracy", "lr")
         rows = zip(each.history, merged[each.model_id].history, strict=True)
-        assert all(row[key] == other[key] for row, other in rows for key in same)
+        for row, other in rows:  # fused float32 sums in another order
+            assert all(row[key] == pytest.approx(other[key], rel=1e-4) for key in same)
 
 
 def test_misuse_is_refused_and_submits_nothing(tmp_path):

@@ -14,7 +14,7 @@ from cgo.graph import Graph, Output, prune
 from cgo.model import TrainingSpec, loss_function
 from cgo.runtime.data import Leaves, preserved_random_state, seed_all
 from cgo.runtime.lower import lower
-from cgo.runtime.operators import drawer
+from cgo.runtime.operators import empty, filler
 from cgo.runtime.step import autocast, compute, eval_mode
 
 #: Largest difference allowed, relative to the largest magnitude of the eager tensor. The captured
@@ -88,19 +88,23 @@ def _captured(
     tensors |= dict(module.named_buffers(remove_duplicate=False))
     generator = torch.Generator().manual_seed(seed)
     values = []
-    for node in lowered.sources:
+    for source in lowered.sources:  # a graph without groups has single nodes only
+        (node,) = source.nodes
         match node.op:
             case "cgo.input":
                 values.append(leaves[str(node.keyword("leaf"))])
             case "cgo.constant":
                 values.append(program.constants[str(node.keyword("content"))])
             case "cgo.random":
-                values.append(drawer(node, _CPU)(generator))
+                type_ = node.types[0]
+                assert type_ is not None
+                values.append(empty(type_, _CPU))
+                filler(node)(values[-1], generator)
             case _:
                 values.append(tensors[str(node.keyword("path"))])
     with torch.set_grad_enabled(name.startswith("train")):
         results = lowered(values)
-    named = list(zip(lowered.outputs, results))
+    named = [(result.outputs[0], value) for result, value in zip(lowered.results, results)]
     found: dict[str, Tensor | None] = {
         f"the {output.role}": value for output, value in named if output.role != "update"
     }

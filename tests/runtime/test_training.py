@@ -8,6 +8,7 @@ import torch
 import cgo
 from cgo import trial, weights
 from cgo.errors import MissingWeightsError, TrialError
+from cgo.passes.batch_operators import BatchOperators
 from cgo.planner import Planner
 
 DATA = cgo.DataSpec("support.small:points", batch_size=16)
@@ -33,9 +34,9 @@ class Losses:
 
 
 class Run:
-    def __init__(self, *models, folder: Path, merge=True):
+    def __init__(self, *models, folder: Path, merge=True, fuse=True):
         self.folder = folder
-        self.plan = Planner(merge=merge).plan(models, folder)
+        self.plan = Planner(merge, BatchOperators() if fuse else None).plan(models, folder)
         self.events = []
         self.observer = Losses()
 
@@ -68,6 +69,23 @@ def assert_same_state(left, right):
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+def assert_same(run, solo, id_, *, fused):
+    """To the bit without fusion; fused operators sum in another order."""
+    if not fused:
+        assert run.losses[id_] == solo.losses[id_]
+        assert_same_state(run.state(id_), solo.state(id_))
+        return
+    assert run.losses[id_] == pytest.approx(solo.losses[id_], rel=1e-9)
+    left, right = run.state(id_), solo.state(id_)
+    assert set(left) == set(right)
+    for name, value in left.items():
+        torch.testing.assert_close(value, right[name], rtol=1e-9, atol=1e-11)
+
+
+def precision(fused):
+    return "float64" if fused else "float32"
+
+
 def test_events_of_a_model_come_in_order(tmp_path):
     run = Run(model("a"), model("b", kwargs={"hidden": 5}), folder=tmp_path).execute()
     kinds = [(e.kind, e.epoch) for e in run.events if e.model == "a"]
@@ -80,34 +98,43 @@ def test_events_of_a_model_come_in_order(tmp_path):
     assert set(run.metrics) == {"a", "b"}
 
 
-def test_company_changes_no_bit(tmp_path):
+@pytest.mark.parametrize("fuse", [False, True])
+def test_company_changes_nothing(tmp_path, fuse):
+    given = {"precision": precision(fuse)}
     models = [
-        model("a", kwargs={"dropout": 0.3}),
-        model("b", kwargs={"hidden": 5, "dropout": 0.2}, seed=3, epochs=2),
-        model("c", "support.small:stemmed"),
-        model("d", "support.small:raises_later", {"after": 100}),
+        model("a", kwargs={"dropout": 0.3}, **given),
+        model("b", kwargs={"hidden": 5, "dropout": 0.2}, seed=3, epochs=2, **given),
+        model("c", "support.small:stemmed", **given),
+        model("d", "support.small:raises_later", {"after": 100}, **given),
+        model("e", kwargs={"dropout": 0.1}, seed=4, epochs=1, **given),
     ]
-    together = Run(*models, folder=tmp_path / "merged").execute()
+    together = Run(*models, folder=tmp_path / "merged", fuse=fuse).execute()
     for candidate in models:
         solo = alone(candidate, tmp_path)
-        assert together.losses[candidate.model_id] == solo.losses[candidate.model_id]
-        assert_same_state(together.state(candidate.model_id), solo.state(candidate.model_id))
+        assert_same(together, solo, candidate.model_id, fused=fuse)
 
 
+@pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("short_first", [True, False])
 @pytest.mark.parametrize("stem_training", [True, False])
-def test_a_shared_stem_outlives_the_model_that_lent_it(tmp_path, short_first, stem_training):
+def test_a_shared_stem_outlives_the_model_that_lent_it(tmp_path, short_first, stem_training, fuse):
     stem = {"stem_training": stem_training}
+    given = {"precision": precision(fuse)}
     models = [
-        model("a", "support.small:stemmed", stem, epochs=1 if short_first else 4),
-        model("b", "support.small:stemmed", {"hidden": 3, **stem}, epochs=4 if short_first else 1),
+        model("a", "support.small:stemmed", stem, epochs=1 if short_first else 4, **given),
+        model(
+            "b",
+            "support.small:stemmed",
+            {"hidden": 3, **stem},
+            epochs=4 if short_first else 1,
+            **given,
+        ),
     ]
-    together = Run(*models, folder=tmp_path / "merged").execute()
+    together = Run(*models, folder=tmp_path / "merged", fuse=fuse).execute()
     assert together.plan.report.stems_shared > 0
     for candidate in models:
         solo = alone(candidate, tmp_path)
-        assert together.losses[candidate.model_id] == solo.losses[candidate.model_id]
-        assert_same_state(together.state(candidate.model_id), solo.state(candidate.model_id))
+        assert_same(together, solo, candidate.model_id, fused=fuse)
 
 
 def test_an_opaque_model_that_raises_fails_alone(tmp_path):
@@ -134,11 +161,13 @@ def test_a_captured_model_that_raises_fails_alone(tmp_path):
     assert_same_state(run.state("good"), solo.state("good"))
 
 
-def test_nan_ends_a_model_and_no_other(tmp_path):
-    good, bad = model("good"), model("bad", "support.small:explodes")
-    run = Run(good, bad, folder=tmp_path / "merged").execute()
+@pytest.mark.parametrize("fuse", [False, True])
+def test_nan_ends_a_model_and_no_other(tmp_path, fuse):
+    given = {"precision": precision(fuse)}
+    good, bad = model("good", **given), model("bad", "support.small:explodes", **given)
+    run = Run(good, bad, folder=tmp_path / "merged", fuse=fuse).execute()
     assert run.ended("bad")["error"] == "the training loss became nan in epoch 0"
-    assert run.losses["good"] == alone(good, tmp_path).losses["good"]
+    assert_same(run, alone(good, tmp_path), "good", fused=fuse)
 
 
 def test_nan_is_trained_through_when_asked(tmp_path):

@@ -9,7 +9,10 @@ from support import nets
 
 import cgo
 from cgo import trial, weights
+from cgo.passes.batch_operators import BatchOperators
 from cgo.planner import Planner
+
+ALL = BatchOperators()
 
 
 @dataclass
@@ -66,10 +69,10 @@ class Case:
 class Merged:
     """A merged trial of several cases, with every loss and first gradient."""
 
-    def __init__(self, cases, folder, merge=True):
+    def __init__(self, cases, folder, merge=True, batch_operators=ALL):
         self.folder = folder
         self.losses, self.gradients, self.events = {}, {}, []
-        self.plan = Planner(merge=merge).plan([case.model() for case in cases], folder)
+        self.plan = Planner(merge, batch_operators).plan([case.model() for case in cases], folder)
         assert not self.plan.failures, self.plan.failures
         self.metrics = trial.execute(
             self.plan.graph_data, folder=folder, report=self.events.append, observer=self
@@ -113,8 +116,18 @@ def assert_equal_float64(merged, case, alone=None):
             assert relative(row[key], value) <= allowed, (case.id, key, row[key], value)
     state = merged.state(case.id)
     assert set(state) == set(alone.state)
+    idle = {
+        name
+        for name, gradient in alone.gradients.items()
+        if gradient is not None and float(gradient.abs().max()) < 1e-12
+    }
     for name, value in alone.state.items():
-        torch.testing.assert_close(state[name], value, rtol=1e-8, atol=1e-10)
+        # The true gradient of a bias before batch norm is zero: it walks on rounding errors, which
+        # adaptive optimizers blow up, and the norm's running mean follows. No loss sees either.
+        if name not in idle:
+            walks = idle and name.endswith("running_mean")
+            close = {"rtol": 1e-5, "atol": 1e-6} if walks else {"rtol": 1e-8, "atol": 1e-10}
+            torch.testing.assert_close(state[name], value, **close)
 
 
 def assert_first_step_float32(merged, case, alone=None):

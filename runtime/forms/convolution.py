@@ -1,0 +1,73 @@
+"""Convolutions: separate inputs as one grouped convolution, a shared input as one wide one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from cgo.operators import aten
+from cgo.runtime.emitter import CHANNELS, STACKED, Column, Emitter, Group, Packed
+from cgo.runtime.forms import form
+from cgo.runtime.forms.folding import fold, unfold
+
+_CONVOLUTIONS = "conv1d conv2d conv3d"
+_TRANSPOSED = "conv_transpose1d conv_transpose2d conv_transpose3d"
+
+
+@form("wide convolution", _CONVOLUTIONS, layouts="channels")
+def wide(emitter: Emitter, group: Group) -> Sequence[Packed] | None:
+    """A shared input and separate weights: one convolution with M*O output channels."""
+    given = group.arguments
+    if not _usual(group) or not given["input"].shared or given["groups"] != 1:
+        return None
+    return [_call(emitter, group, emitter.value(given["input"].refs[0]), groups=1)]
+
+
+@form("grouped convolution", f"{_CONVOLUTIONS} {_TRANSPOSED}", layouts="channels")
+def grouped(emitter: Emitter, group: Group) -> Sequence[Packed] | None:
+    """Separate weights: one convolution with M times as many groups."""
+    if not _usual(group):
+        return None
+    given = group.arguments
+    x = emitter.channels(given["input"])
+    return [_call(emitter, group, x, groups=given["groups"] * group.size)]
+
+
+@form("folded convolution", f"{_CONVOLUTIONS} {_TRANSPOSED}", layouts="stacked")
+def folded(emitter: Emitter, group: Group) -> Sequence[Packed] | None:
+    """Shared weights and separate inputs: one convolution over M*N samples."""
+    given = group.arguments
+    if not _batched(group) or not given["weight"].shared or given["input"].shared:
+        return None
+    if given["bias"] is not None and not given["bias"].shared:
+        return None
+    values = {
+        name: emitter.value(value.refs[0]) if isinstance(value, Column) else emitter.literal(value)
+        for name, value in given.items()
+        if name != "input"
+    }
+    x = fold(emitter, emitter.stacked(given["input"]))
+    result = emitter.call(aten(group.nodes[0].op), x, **values)  # type: ignore[arg-type]
+    return [Packed(unfold(emitter, result, group.size), STACKED)]
+
+
+def _batched(group: Group) -> bool:
+    """Whether the inputs have a batch axis: torch takes a single sample, too."""
+    given = group.arguments
+    return bool(given["input"].ndim == given["weight"].ndim)
+
+
+def _usual(group: Group) -> bool:
+    return _batched(group) and not group.arguments["weight"].shared
+
+
+def _call(emitter: Emitter, group: Group, x: fx.Node, *, groups: int) -> Packed:
+    given: dict[str, Any] = dict(group.arguments)
+    del given["input"]
+    weight = emitter.joined(given.pop("weight"))
+    bias = emitter.optional(given.pop("bias"))
+    rest = {name: emitter.literal(value) for name, value in given.items()} | {"groups": groups}
+    overload = aten(group.nodes[0].op)
+    return Packed(emitter.call(overload, x, weight, bias, **rest), CHANNELS)  # type: ignore[arg-type]

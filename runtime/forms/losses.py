@@ -1,0 +1,116 @@
+"""Losses: element by element over all members, then reduced per lane."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from cgo.operators import aten
+from cgo.runtime.emitter import STACKED, Emitter, Group, Packed
+from cgo.runtime.forms import form
+
+#: ATen's numbers for a loss's `reduction`.
+_NONE, _MEAN, _SUM = 0, 1, 2
+
+
+@form("folded cross entropy", "cross_entropy_loss", layouts="stacked")
+def cross_entropy(emitter: Emitter, group: Group) -> Sequence[Packed] | None:
+    """One cross entropy over M*N samples, reduced per member."""
+    given = group.arguments
+    x, target = given["self"], given["target"]
+    if given["weight"] is not None or x.ndim < 2:
+        return None
+    value = emitter.call(
+        cross_entropy_of,
+        emitter.stacked(x),
+        emitter.stacked(target),
+        given["reduction"],
+        given["ignore_index"],
+        given["label_smoothing"],
+    )
+    return [Packed(value, STACKED)]
+
+
+@form("folded negative log likelihood", "nll_loss_nd nll_loss nll_loss2d", layouts="stacked")
+def nll(emitter: Emitter, group: Group) -> Sequence[Packed] | None:
+    """One negative log likelihood over M*N samples, reduced per member."""
+    given = group.arguments
+    x, target = given["self"], given["target"]
+    if given["weight"] is not None or x.ndim < 2:
+        return None
+    value = emitter.call(
+        nll_of,
+        emitter.stacked(x),
+        emitter.stacked(target),
+        given["reduction"],
+        given["ignore_index"],
+    )
+    return [Packed(value, STACKED)]
+
+
+@form(
+    "elementwise loss",
+    """mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy
+    binary_cross_entropy_with_logits soft_margin_loss""",
+    layouts="stacked",
+)
+def elementwise_loss(emitter: Emitter, group: Group) -> Sequence[Packed] | None:
+    """The loss of each element, reduced per member."""
+    given = group.arguments
+    columns = group.columns
+    if len({column.type.dtype for column in columns}) > 1:
+        return None
+    if any(column.shape != columns[0].shape for column in columns):
+        return None  # what broadcasts is left to the general rule
+    overload = aten(group.nodes[0].op)
+    assert overload is not None
+    tensors = {
+        name: emitter.stacked(value)
+        for name, value in given.items()
+        if any(value is column for column in columns)
+    }
+    literals = emitter.literals(group, "reduction")
+    value = emitter.call(overload, **tensors, **literals, reduction=_NONE)
+    return [Packed(emitter.call(reduce_lanes, value, given["reduction"]), STACKED)]
+
+
+def reduce_lanes(value: Tensor, reduction: int) -> Tensor:
+    """(M, ...) to (M,), or as it is without a reduction."""
+    if reduction == _NONE:
+        return value
+    flat = value.flatten(1)
+    return flat.mean(1) if reduction == _MEAN else flat.sum(1)
+
+
+def cross_entropy_of(
+    x: Tensor, target: Tensor, reduction: int, ignore: int, smoothing: float
+) -> Tensor:
+    """(M, N, C, ...) with classes (M, N, ...) or probabilities (M, N, C, ...) to (M,)."""
+    single = F.cross_entropy(
+        x.flatten(0, 1),
+        target.flatten(0, 1),
+        ignore_index=ignore,
+        label_smoothing=smoothing,
+        reduction="none",
+    ).unflatten(0, x.shape[:2])
+    if target.is_floating_point():
+        return reduce_lanes(single, reduction)
+    return _over_counted(single, target, reduction, ignore)
+
+
+def nll_of(x: Tensor, target: Tensor, reduction: int, ignore: int) -> Tensor:
+    """(M, N, C, ...) with classes (M, N, ...) to (M,)."""
+    single = F.nll_loss(
+        x.flatten(0, 1), target.flatten(0, 1), ignore_index=ignore, reduction="none"
+    ).unflatten(0, x.shape[:2])
+    return _over_counted(single, target, reduction, ignore)
+
+
+def _over_counted(single: Tensor, target: Tensor, reduction: int, ignore: int) -> Tensor:
+    """The mean is over what is not ignored; over nothing it is NaN, as alone."""
+    if reduction != _MEAN:
+        return reduce_lanes(single, reduction)
+    counted = (target != ignore).flatten(1).sum(1)
+    return single.flatten(1).sum(1) / counted

@@ -1,0 +1,157 @@
+"""Packed state: one leaf tensor `(M, ...)` for parameters or buffers of one group.
+
+Each model's own `Parameter` is a view into the leaf, and after a backward its `.grad` can be made a
+view of the leaf's gradient; so any optimizer works per model, unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cgo.graph import STATE, Graph, ModelId, Node, Ref, homes, inputs_of
+from cgo.runtime.emitter import runs
+from cgo.runtime.member import Member
+
+Place = tuple[ModelId, str]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Sources that are one tensor: lane i is the parameter or buffer at `places[i]`."""
+
+    names: tuple[str, ...]  # of the source nodes
+    places: tuple[Place, ...]
+    trainable: bool
+
+
+def plan_packs(graph: Graph) -> tuple[Pack, ...]:
+    """The packs that the groups of a graph ask for; groups of training programs choose first.
+
+    A parameter is in one pack at most: where another group needs it in other company, its lane is
+    taken out of the pack and stacked anew.
+    """
+    nodes = {node.name: node for node in graph.nodes}
+    learning = learning_places(graph)
+    packs: list[Pack] = []
+    taken: set[str] = set()
+    groups = [members for members in runs(graph.nodes) if len(members) > 1]
+    for members in sorted(groups, key=lambda group: _urgency(group[0])):
+        for column in zip(*(tuple(inputs_of(member)) for member in members)):
+            pack = _pack(nodes, column, learning)
+            if pack is not None and taken.isdisjoint(pack.names):
+                packs.append(pack)
+                taken.update(pack.names)
+    return tuple(packs)
+
+
+def _urgency(node: Node) -> tuple[bool, int]:
+    """Training before evaluation, large batches before small ones."""
+    split, size = node.name.split("/")[1:3]
+    return split != "train", -int(size)
+
+
+def _pack(
+    nodes: Mapping[str, Node], column: Sequence[Ref], learning: frozenset[Place]
+) -> Pack | None:
+    sources = [nodes[ref.name] for ref in column]
+    names = tuple(source.name for source in sources)
+    if len(set(names)) < len(names) or any(source.op not in STATE for source in sources):
+        return None
+    places = tuple(homes(source)[0] for source in sources)
+    if len({place in learning for place in places}) > 1:
+        return None  # one leaf cannot give a gradient to some lanes and None to others
+    if len({(source.op, source.types) for source in sources}) > 1:
+        return None
+    return Pack(names, places, places[0] in learning)
+
+
+#: Operators behind which nothing learns, though their results are floating-point numbers.
+_DEAD_ENDS = frozenset(
+    """
+    aten.detach aten.zeros_like aten.ones_like aten.full_like aten.empty_like aten.rand_like
+    aten.randn_like aten.new_zeros aten.new_ones aten.new_full aten.new_empty
+    """.split()  # noqa: SIM905
+)
+
+
+def learning_places(graph: Graph) -> frozenset[Place]:
+    """The parameters that some loss gives a gradient to, be it zero.
+
+    The others have no gradient at all, and an optimizer leaves them alone.
+    """
+    nodes = {node.name: node for node in graph.nodes}
+    pending = [o.ref for o in graph.outputs if o.role == "loss"]
+    seen: set[Ref] = set()
+    found: set[Place] = set()
+    while pending:
+        ref = pending.pop()
+        node, type_ = nodes[ref.name], nodes[ref.name].types[ref.index]
+        differentiable = type_ is not None and type_.dtype.startswith(("float", "bfloat", "comp"))
+        if ref in seen or not differentiable or node.op.rpartition(".")[0] in _DEAD_ENDS:
+            continue
+        seen.add(ref)
+        if node.op == "cgo.parameter" and node.keyword("trainable") is True:
+            found.update(homes(node))
+        pending.extend(inputs_of(node))
+    return frozenset(found)
+
+
+class PackedState:
+    """The leaves of the packs of the models that run now."""
+
+    def __init__(self, packs: Sequence[Pack], members: Mapping[ModelId, Member]) -> None:
+        self.packs = tuple(packs)
+        self.leaves: dict[tuple[str, ...], Tensor] = {}
+        self.place: dict[Place, Tensor] = {}  # the leaf in which a parameter or buffer lies
+        self.held: set[int] = set()  # ids of the models' own tensors that lie in a pack
+        self.learning: list[tuple[Tensor, list[Tensor]]] = []  # leaf, its lanes' own parameters
+        for pack in packs:
+            own = [members[model].state.tensors[path] for model, path in pack.places]
+            leaf = torch.stack([tensor.detach() for tensor in own])
+            rehome(own, leaf)
+            if pack.trainable:
+                leaf.requires_grad_(True)
+                self.learning.append((leaf, own))
+            self.leaves[pack.names] = leaf
+            self.place |= dict.fromkeys(pack.places, leaf)
+            self.held.update(map(id, own))
+        self._handed_out = False
+
+    def zero_grad(self) -> None:
+        """Forget the last step's gradients."""
+        for leaf, _ in self.learning:
+            leaf.grad = None
+        self._handed_out = False
+
+    def hand_out_gradients(self) -> None:
+        """Give each model's parameter its lane of the gradient, as a view."""
+        if self._handed_out:
+            return
+        self._handed_out = True
+        for leaf, own in self.learning:
+            if leaf.grad is not None:
+                for parameter, lane in zip(own, leaf.grad.unbind(0)):
+                    parameter.grad = lane
+
+
+def rehome(own: Sequence[Tensor], leaf: Tensor) -> None:
+    """Make models' own tensors views of a leaf's lanes; their identity stays, for optimizers."""
+    for tensor, lane in zip(own, leaf.detach().unbind(0)):
+        tensor.data = lane
+
+
+def release(member: Member, held: Collection[int]) -> None:
+    """Give tensors that are in no pack any more memory of their own, so that it can be freed.
+
+    Args:
+        member: Whose tensors.
+        held: Those that are in a pack, by `id`.
+    """
+    for tensor in member.state.tensors.values():
+        own = tensor.numel() * tensor.element_size()
+        if id(tensor) not in held and tensor.untyped_storage().nbytes() > own:
+            tensor.data = tensor.detach().clone()
