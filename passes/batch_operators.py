@@ -11,6 +11,7 @@ Dynamic Computation Graphs", NIPS 2017; the rule that picks the signature is our
 from __future__ import annotations
 
 import heapq
+import operator
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -41,17 +42,18 @@ class BatchOperators:
 
         The same models give the same groups in whatever order they are merged, as long as they
         have the same ids. Nodes keep their names; nothing else changes. A graph in which no two
-        nodes can be grouped comes back as it is.
+        nodes can be grouped, or that is in order already, comes back as it is.
         """
         order = _Agenda(graph, self).best()
-        if not any(len(group) > 1 for group in order):
+        if not any(len(group) > 1 for group in order) and not any(n.group for n in graph.nodes):
             return graph
         nodes = [node for node in graph.nodes if node.op in _HANDED]
         for number, group in enumerate(order):
             name = f"g{number}" if len(group) > 1 else None
             for node in group:
                 nodes.append(node if node.group == name else replace(node, group=name))
-        return Graph(tuple(nodes), graph.outputs)
+        same = len(nodes) == len(graph.nodes) and all(map(operator.is_, nodes, graph.nodes))
+        return graph if same else Graph(tuple(nodes), graph.outputs)
 
     def allows(self, node: Node) -> bool:
         """Whether the node may be in a group with others."""
