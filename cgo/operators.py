@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -41,3 +42,26 @@ def known(op: str) -> bool:
         return True
     overload = aten(op)
     return overload is not None and not overload._schema.is_mutable
+
+
+#: Argument names of our own operators.
+_OURS = {"cgo.batch_norm": ("input", "weight", "bias", "mean", "var", "momentum", "eps")}
+
+
+def named_arguments(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """An operator's arguments by name in the order of its schema, defaults filled in."""
+    overload = aten(op)
+    if overload is None:
+        return {**dict(zip(_OURS.get(op, ()), args)), **kwargs}
+    arguments = overload._schema.arguments
+    given = {argument.name: value for argument, value in zip(arguments, args)} | dict(kwargs)
+    return {
+        argument.name: given.get(argument.name, _default(argument))
+        for argument in arguments
+        if argument.name in given or argument.has_default_value()
+    }
+
+
+def _default(argument: Any) -> Any:
+    value = argument.default_value
+    return tuple(value) if isinstance(value, list) else value

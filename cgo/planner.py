@@ -43,6 +43,8 @@ class MergeReport:
     loaders_before: int
     loaders: int
     stems_shared: int  # nodes with several owners that are not inputs
+    grouped: int  # nodes that are fused with others, of all programs
+    groups: int  # fused operators that they become
     aliases: Mapping[ModelId, ModelId]
     opaque: Mapping[ModelId, str]
     unmerged: tuple[Family, ...]
@@ -241,6 +243,8 @@ def _report(
         loaders_before=len(models),
         loaders=len({model.data.digest for model in models}),
         stems_shared=len(shared),
+        grouped=sum(node.group is not None for node in graph.nodes),
+        groups=len({node.group for node in graph.nodes if node.group is not None}),
         aliases=dict(aliases),
         opaque=opaque,
         unmerged=unmerged(graph),

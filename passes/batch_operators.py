@@ -15,8 +15,9 @@ import operator
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from cgo.graph import SOURCES, Graph, Node, Ref, inputs_of
+from cgo.graph import SOURCES, Graph, Node, Ref, TensorType, inputs_of
 from cgo.passes.sharing import argument_key
 
 #: Nodes that compute nothing from others: values handed to a program.
@@ -85,7 +86,7 @@ class _Agenda:
             for producer in inputs:
                 self.users[producer].append(index)
         self.rank = _ranks(self.nodes)
-        self.kind = _signatures(graph, self.nodes, options)
+        self.kind = _kinds(graph, self.nodes, options)
         self.sizes = [0] * (max(self.kind, default=-1) + 1)
         for kind in self.kind:
             self.sizes[kind] += 1
@@ -235,25 +236,54 @@ def _ranks(nodes: Sequence[Node]) -> list[tuple[str, str, int]]:
     return ranks
 
 
-def _signatures(graph: Graph, nodes: Sequence[Node], options: BatchOperators) -> list[int]:
-    """A number a node; equal where one operator can do the work of both.
+class Operand(NamedTuple):
+    """What must agree of an input: dtype and shape, and of state whether it is trained.
+
+    One operator cannot give a gradient to one lane's weights and None to another's. Inputs of the
+    program stay apart from computed values: they need no gradient, and often all members share one.
+    """
+
+    kind: str  # of source; "" for a computed value
+    trained: bool | None  # of parameters
+    type: TensorType | None  # strides do not count
+
+
+class Signature(NamedTuple):
+    """What must agree of nodes that one operator is to do the work of."""
+
+    op: str
+    arguments: object  # literals with type and bits, and where tensors stand among them
+    inputs: tuple[Operand, ...]
+    types: tuple[object, ...]
+    autocast: str | None
+    programs: frozenset[str]
+    data: frozenset[str]
+
+
+def signatures(graph: Graph, nodes: Sequence[Node]) -> list[Signature]:
+    """The signature of each node."""
+    made = {node.name: node for node in graph.nodes}
+    programs, data = _programs(graph), _data(graph)
+    found = []
+    for node in nodes:
+        refs: list[Ref] = []
+        arguments = (argument_key(node.args, refs), argument_key(node.kwargs, refs))
+        inputs = tuple(_operand(made[ref.name], ref.index) for ref in refs)
+        whose = programs[node.name], frozenset(data[model] for model in node.owners)
+        found.append(Signature(node.op, arguments, inputs, _types(node), node.autocast, *whose))
+    return found
+
+
+def _kinds(graph: Graph, nodes: Sequence[Node], options: BatchOperators) -> list[int]:
+    """A number a node; equal where the nodes may share a group.
 
     Numbers follow the sorted text of the signatures, so that they do not depend on the order of
     the nodes.
     """
-    made = {node.name: node for node in graph.nodes}
-    programs = _programs(graph)
-    data = _data(graph)
     texts: dict[object, str] = {}
     keys: list[object] = []
-    for node in nodes:
-        key: object = node.name
-        if options.allows(node):
-            refs: list[Ref] = []
-            arguments = (argument_key(node.args, refs), argument_key(node.kwargs, refs))
-            inputs = tuple(_input_key(made[ref.name], ref.index) for ref in refs)
-            whose = (programs[node.name], frozenset(data[model] for model in node.owners))
-            key = (node.op, arguments, inputs, _types(node), node.autocast, whose)
+    for node, signature in zip(nodes, signatures(graph, nodes)):
+        key = signature if options.allows(node) else node.name
         keys.append(key)
         if key not in texts:
             texts[key] = _text(key)
@@ -278,15 +308,12 @@ def _types(node: Node) -> tuple[object, ...]:
     return tuple(None if t is None else (t.dtype, t.shape) for t in node.types)
 
 
-def _input_key(producer: Node, index: int) -> object:
-    """What must agree of an input: dtype and shape, and of state whether it is trained.
-
-    One operator cannot give a gradient to one lane's weights and None to another's.
-    """
+def _operand(producer: Node, index: int) -> Operand:
     type_ = producer.types[index]
     trained = producer.keyword("trainable") if producer.op == "cgo.parameter" else None
     kind = producer.op if producer.op in SOURCES else ""
-    return kind, trained, None if type_ is None else (type_.dtype, type_.shape)
+    plain = None if type_ is None else TensorType(type_.dtype, type_.shape)
+    return Operand(kind, trained, plain)  # type: ignore[arg-type]
 
 
 def _programs(graph: Graph) -> dict[str, frozenset[str]]:

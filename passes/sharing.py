@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cgo.graph import Argument, Node, Ref
-from cgo.operators import aten
+from cgo.operators import named_arguments
 
 #: ATen operators, by name without overload, whose value is decided by their arguments alone.
 #: Left out on purpose: what draws random numbers or reads uninitialised memory, what looks at
@@ -149,17 +149,7 @@ def pure(node: Node) -> bool:
     if name in PURE:
         return True
     rule = CONDITIONAL.get(name)
-    return rule is not None and rule(named_arguments(node))
-
-
-def named_arguments(node: Node) -> dict[str, Any]:
-    """An ATen node's arguments by name, defaults filled in."""
-    overload = aten(node.op)
-    assert overload is not None, node.op
-    arguments = overload._schema.arguments
-    named = {a.name: a.default_value for a in arguments if a.has_default_value()}
-    named |= {argument.name: value for argument, value in zip(arguments, node.args)}
-    return named | dict(node.kwargs)
+    return rule is not None and rule(named_arguments(node.op, node.args, dict(node.kwargs)))
 
 
 def literal_key(value: object) -> tuple[type, object]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from cgo.graph import Argument, Node, Ref, Symbol, TensorType
-from cgo.operators import aten
+from cgo.operators import aten, named_arguments
 from cgo.runtime.operators import symbol_value
 
 #: Layouts of a packed value of M lanes.
@@ -118,7 +118,7 @@ class Emitter:
         self.readers = readers
         self.written: set[Ref] = set()  # updates that are written in place into their buffers
         self.sources: set[int] = set()  # ids of packed values that are leaves handed in
-        self.gathers: Counter[str] = Counter()  # operators whose inputs had to be gathered
+        self.gathers = 0  # times that members' values were copied together
         self._plain: dict[Ref, fx.Node] = {}
         self._lane: dict[Ref, tuple[Packed, int]] = {}
         self._whole: dict[tuple[Ref, ...], Packed] = {}
@@ -224,7 +224,7 @@ class Emitter:
                 return whole.node
             convert = to_channels if layout == CHANNELS else to_stacked
             return self.call(convert, whole.node, len(column.refs))
-        self.gathers[f"{layout}"] += 1
+        self.gathers += 1
         lanes = [self.value(ref) for ref in column.refs]
         return self.call(*((torch.stack, lanes, 0) if layout == STACKED else (torch.cat, lanes, 1)))
 
@@ -265,7 +265,7 @@ def make_group(nodes: Sequence[Node], types: Types) -> Group:
         key: _transpose([dict(node.kwargs)[key] for node in nodes], types)
         for key, _ in nodes[0].kwargs
     }
-    return Group(tuple(nodes), _named(nodes[0].op, args, kwargs))
+    return Group(tuple(nodes), named_arguments(nodes[0].op, args, kwargs))
 
 
 def _transpose(values: Sequence[Argument], types: Types) -> Any:
@@ -277,27 +277,6 @@ def _transpose(values: Sequence[Argument], types: Types) -> Any:
     if type(first) is tuple:
         return tuple(_transpose(items, types) for items in zip(*values))  # type: ignore[arg-type]
     return first
-
-
-_OURS = {"cgo.batch_norm": ("input", "weight", "bias", "mean", "var", "momentum", "eps")}
-
-
-def _named(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    overload = aten(op)
-    if overload is None:
-        return dict(zip(_OURS[op], args))
-    arguments = overload._schema.arguments
-    given = {argument.name: value for argument, value in zip(arguments, args)} | dict(kwargs)
-    return {
-        argument.name: given.get(argument.name, _default(argument))
-        for argument in arguments
-        if argument.name in given or argument.has_default_value()
-    }
-
-
-def _default(argument: Any) -> Any:
-    value = argument.default_value
-    return tuple(value) if isinstance(value, list) else value
 
 
 def returns_list(node: Node) -> bool:

@@ -40,7 +40,6 @@ from cgo.runtime.emitter import (
     Types,
     item,
     make_group,
-    operator_of,
     returns_list,
     runs,
 )
@@ -77,6 +76,8 @@ class Decision:
     size: int
     form: str | None
     reason: str = ""  # of a loop
+    example: str = ""  # the first member's name
+    gathers: int = 0  # inputs whose values had to be copied together
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,14 @@ class Lowered:
     results: tuple[Result, ...]
     written: tuple[Output, ...]
     decisions: tuple[Decision, ...]
-    gathers: int  # times that members' values were copied together
     calls: int  # of torch functions
     regions: tuple[_Region, ...]
     device: torch.device
+
+    @property
+    def gathers(self) -> int:
+        """Times that members' values are copied together for a group."""
+        return sum(decision.gathers for decision in self.decisions)
 
     def __call__(self, values: Sequence[Tensor]) -> list[Tensor]:
         """Run the program."""
@@ -162,7 +167,7 @@ class _Lowering:
         self.results: list[Result] = []
         self.written: list[Output] = []
         self.decisions: list[Decision] = []
-        self.gathers = self.calls = 0
+        self.calls = 0
 
     def lowered(self) -> Lowered:
         regions = [self._region(s) for s in dict.fromkeys(self.settings.values())]
@@ -171,7 +176,6 @@ class _Lowering:
             tuple(self.results),
             tuple(self.written),
             tuple(self.decisions),
-            self.gathers,
             self.calls,
             tuple(regions),
             self.device,
@@ -198,7 +202,6 @@ class _Lowering:
         self.results += results
         self.decisions += builder.decisions
         function = builder.finish(results)
-        self.gathers += sum(builder.emitter.gathers.values())
         self.calls += sum(n.op == "call_function" for n in builder.emitter.graph.nodes)
         return _Region(setting, function, reads, tuple(range(first, len(self.results))))
 
@@ -323,19 +326,31 @@ class _Builder:
             self._call(node)
 
     def _fuse(self, group: Group) -> Decision:
-        operator = operator_of(group.nodes[0])
+        gathers = self.emitter.gathers
+        form, reason = self._write(group)
+        return Decision(
+            group.operator,
+            group.size,
+            form,
+            reason,
+            group.nodes[0].name,
+            self.emitter.gathers - gathers,
+        )
+
+    def _write(self, group: Group) -> tuple[str | None, str]:
+        """Write a group in the first form that takes it; the form's name, or why none does."""
         if all(column.shared for column in group.columns):
-            return Decision(operator, group.size, None, "every member reads the same values")
-        for form in forms_of(operator):
+            return None, "every member reads the same values"
+        for form in forms_of(group.operator):
             values = form.rule(self.emitter, group)
             if values is not None:
                 self._set(group, values)
-                return Decision(operator, group.size, form.name)
+                return form.name, ""
         values, reason = vectorise(self.emitter, group)
         if values is None:
-            return Decision(operator, group.size, None, reason)
+            return None, reason
         self._set(group, values)
-        return Decision(operator, group.size, "vmap")
+        return "vmap", ""
 
     def _set(self, group: Group, values: Sequence[Packed]) -> None:
         for index, value in enumerate(values):

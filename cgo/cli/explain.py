@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -11,9 +13,16 @@ from rich.console import Console
 from rich.table import Table
 
 from cgo.cli import view
+from cgo.fusion import FusionReport, fusion_report
 from cgo.graph import dump
-from cgo.planner import MergeReport, Plan, Planner
+from cgo.passes.batch_operators import BatchOperators
+from cgo.passes.unmerged import Family
+from cgo.planner import Plan, Planner
+from cgo.runtime.lower import Decision
 from cgo.search_spec import load
+
+#: Rows of the longest table.
+_MOST_ROWS = 30
 
 
 def explain(
@@ -24,7 +33,7 @@ def explain(
     models = load(spec).build()
     with tempfile.TemporaryDirectory(prefix="cgo-explain-") as folder:
         plan = Planner().plan(models, Path(folder))
-    show(Console(), plan)
+        show(Console(), plan)
     if dump_graph and plan.graph_data is not None:
         print(dump(plan.graph_data.graph))
 
@@ -37,11 +46,59 @@ def show(console: Console, plan: Plan) -> None:
     lines += [f"{model} cannot be trained: {error}" for model, error in plan.failures.items()]
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
-    console.print(_unmerged(plan.report))
+    console.print(_families("Not shared", plan.report.unmerged))
+    if plan.graph_data is not None:
+        _show_fusion(console, fusion_report(plan.graph_data.graph, BatchOperators()))
 
 
-def _unmerged(report: MergeReport) -> Table:
-    table = Table("operator", "nodes", "reason", "for example", title="Not merged")
-    for family in report.unmerged:
+def _show_fusion(console: Console, report: FusionReport) -> None:
+    """Print how one training step is executed."""
+    table = Table(
+        "operator", "nodes", "groups", "nodes a group", "executed as", "inputs repacked",
+        title="Fused",
+    )  # fmt: skip
+    for row in report.fused:
+        table.add_row(
+            row.op, f"{row.nodes:,}", f"{len(row.sizes):,}", _sizes(row.sizes), row.form,
+            f"{row.gathers:,}",
+        )  # fmt: skip
+    console.print(table)
+    if report.repacked:
+        console.print(_repacked(report.repacked))
+    if report.loops:
+        console.print(_families("Groups that run as loops", report.loops))
+    if report.alone:
+        console.print(_families("In no group", report.alone))
+    fused = sum(row.nodes for row in report.fused)
+    console.print(
+        f"a training step: {report.nodes:,} nodes, {fused:,} of them fused into {report.groups:,} "
+        f"operators; members' values are copied together for {report.gathers:,} of their inputs",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _repacked(decisions: Sequence[Decision]) -> Table:
+    table = Table(
+        "before operator", "of nodes", "inputs copied together", "first", title="Repacked"
+    )
+    for decision in decisions[:_MOST_ROWS]:
+        table.add_row(
+            decision.operator, str(decision.size), str(decision.gathers), decision.example
+        )
+    if (rest := len(decisions) - _MOST_ROWS) > 0:
+        table.add_row(f"... and {rest:,} more", "", "", "")
+    return table
+
+
+def _sizes(sizes: Sequence[int]) -> str:
+    """`2 x 8, 5`: two groups of eight nodes and one of five."""
+    counts = Counter(sizes)
+    return ", ".join(f"{n} x {size}" if n > 1 else str(size) for size, n in counts.items())
+
+
+def _families(title: str, families: Sequence[Family]) -> Table:
+    table = Table("operator", "nodes", "reason", "for example", title=title)
+    for family in families:
         table.add_row(family.op, f"{family.nodes:,}", family.reason, family.example)
     return table

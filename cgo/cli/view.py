@@ -151,6 +151,7 @@ def merge_lines(report: MergeReport) -> list[str]:
         f"{len(report.aliases)} equal to another",
         f"loaders: {report.loaders_before} -> {report.loaders}",
         f"shared nodes beside inputs (stems, counters): {report.stems_shared}",
+        f"fused across models: {report.grouped:,} nodes into {report.groups:,} operators",
         f"captured in {report.capture_s:.1f} s, merged in {report.merge_s:.2f} s",
     ]
     return lines + _reasons(report.opaque)

@@ -3,6 +3,7 @@
 `python -m support.child FOLDER EPOCHS`: prints each line of progress as it happens.
 """
 
+import signal
 import sys
 
 import cgo
@@ -37,6 +38,8 @@ def models(epochs):
 
 
 def main():
+    # A shell starts what it puts into the background with interrupts ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder, epochs = sys.argv[1], int(sys.argv[2])
     given = models(epochs)
     with cgo.CGOEngine(folder) as engine:

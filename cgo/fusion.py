@@ -1,0 +1,120 @@
+"""How a merged graph will be executed, for `cgo explain`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cgo.graph import Graph, restrict
+from cgo.passes.batch_operators import BatchOperators, operators
+from cgo.passes.ungrouped import ungrouped
+from cgo.passes.unmerged import Family
+from cgo.runtime.lower import Decision, lower
+from cgo.runtime.packing import plan_packs
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Groups of one operator that are executed in one form."""
+
+    op: str
+    form: str
+    sizes: tuple[int, ...]  # members of each group, descending
+    gathers: int  # inputs for which members' values are copied together
+
+    @property
+    def nodes(self) -> int:
+        """Nodes in all groups."""
+        return sum(self.sizes)
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """One training step: what is fused, and what runs node by node for which reason."""
+
+    nodes: int
+    groups: int  # fused; loops do not count
+    fused: tuple[Fused, ...]  # most nodes first
+    repacked: tuple[Decision, ...]  # groups for which values are copied together, in order
+    loops: tuple[Family, ...]
+    alone: tuple[Family, ...]
+
+    @property
+    def gathers(self) -> int:
+        """Inputs for which members' values are copied together."""
+        return sum(row.gathers for row in self.fused)
+
+
+def fusion_report(graph: Graph, options: BatchOperators) -> FusionReport:
+    """Lower the training programs over whole batches and say what became of every node.
+
+    Args:
+        graph: A planned graph.
+        options: The pass that grouped it.
+    """
+    packs = plan_packs(graph)
+    nodes = 0
+    decisions: list[Decision] = []
+    alone: list[Family] = []
+    for program in _largest(graph):
+        part = restrict(graph, program=program)
+        nodes += len(operators(part))
+        alone += ungrouped(part, options)
+        decisions += lower(graph, program, torch.device("cpu"), packs).decisions
+    fused = [decision for decision in decisions if decision.form is not None]
+    return FusionReport(
+        nodes,
+        len(fused),
+        _fused(fused),
+        tuple(decision for decision in fused if decision.gathers),
+        _loops(decisions),
+        tuple(_by_nodes(alone)),
+    )
+
+
+def _largest(graph: Graph) -> list[str]:
+    """The training programs over each model's largest batch: "train/64"."""
+    largest: dict[str, int] = {}
+    for output in graph.outputs:
+        split, _, size = output.program.partition("/")
+        if split == "train":
+            largest[output.model] = max(int(size), largest.get(output.model, 0))
+    return [f"train/{size}" for size in sorted(set(largest.values()))]
+
+
+def _fused(decisions: Sequence[Decision]) -> tuple[Fused, ...]:
+    found: dict[tuple[str, str], list[Decision]] = {}
+    for decision in decisions:
+        found.setdefault((decision.operator, decision.form or ""), []).append(decision)
+    rows = [
+        Fused(
+            op,
+            form,
+            tuple(sorted((d.size for d in members), reverse=True)),
+            sum(d.gathers for d in members),
+        )
+        for (op, form), members in found.items()
+    ]
+    return tuple(sorted(rows, key=lambda row: (-row.nodes, row.op, row.form)))
+
+
+def _loops(decisions: Sequence[Decision]) -> tuple[Family, ...]:
+    counts: Counter[tuple[str, str]] = Counter()
+    examples: dict[tuple[str, str], str] = {}
+    for decision in decisions:
+        if decision.form is None:
+            counts[decision.operator, decision.reason] += decision.size
+            examples.setdefault((decision.operator, decision.reason), decision.example)
+    return tuple(
+        _by_nodes(
+            Family(op, count, reason, examples[op, reason])
+            for (op, reason), count in counts.items()
+        )
+    )
+
+
+def _by_nodes(families: Iterable[Family]) -> list[Family]:
+    return sorted(families, key=lambda family: (-family.nodes, family.op, family.reason))
