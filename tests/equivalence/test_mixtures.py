@@ -72,7 +72,11 @@ def test_three_precisions_in_one_trial(tmp_path):
 @pytest.mark.parametrize("optimizer", ["Adagrad", "NAdam", "Adamax", "Rprop", "ASGD", "Adadelta"])
 def test_other_optimizers_of_torch(tmp_path, optimizer):
     training = {"optimizer": optimizer, **F64}
-    given = [Case("a", "mlp", training=training), Case("b", "cnn", training=training)]
+    given = [
+        Case("a", "mlp", training=training),
+        Case("b", "cnn", training=training),
+        Case("c", "mlp", seed=1, training=training),
+    ]
     merged = Merged(given, tmp_path)
     for case in given:
         assert_equal_float64(merged, case)
