@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import torch
+from support.random_nets import drawn  # noqa: F401  (a factory like those below)
 from torch import nn
 from torch.nn import functional as F
 
