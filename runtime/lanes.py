@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from cgo.errors import DataError
-from cgo.graph import Graph, ModelId, Node, Output, restrict
+from cgo.graph import Graph, ModelId, Node, Output, homes, restrict
 from cgo.model import loss_function
 from cgo.runtime.data import Leaves, preserved_random_state
 from cgo.runtime.lower import Lowered, Source, lower
 from cgo.runtime.member import Member
 from cgo.runtime.operators import Fill, empty, filler
-from cgo.runtime.packing import PackedState, plan_packs, release
+from cgo.runtime.packing import PackedState, Place, learning_places, plan_packs, release
 from cgo.runtime.state import RandomState
 from cgo.runtime.step import autocast, compute, eval_mode
 from cgo.runtime.updates import Updates
@@ -50,6 +50,7 @@ class MergedLanes:
     ) -> None:
         self.members = {member.id: member for member in members}
         self._graph = graph
+        self._learning = learning_places(graph)
         self._constants = constants
         self._device = device
         self._packed_for: tuple[ModelId, ...] = ()
@@ -193,7 +194,7 @@ class MergedLanes:
             part = restrict(self._graph, models=set(models))
             state = self._packed if packed else PackedState((), self.members)
             lowered = lower(part, program, self._device, state.packs)
-            bound = _Bound(lowered, self.members, self._constants, state)
+            bound = _Bound(lowered, self.members, self._constants, state, self._learning)
             self._programs[key] = bound
         return bound
 
@@ -215,12 +216,14 @@ class _Bound:
         members: Mapping[ModelId, Member],
         constants: Mapping[str, Tensor],
         packed: PackedState,
+        learning: frozenset[Place],
     ) -> None:
         self.lowered = lowered
         self._members, self._packed = members, packed
         self._values: list[Tensor | None] = []
         self._inputs: list[tuple[int, str, torch.dtype, torch.Size]] = []
         self._random: list[tuple[int, Source]] = []
+        self._idle: list[tuple[int, Tensor]] = []  # parameters that must not get a gradient
         for position, source in enumerate(lowered.sources):
             node = source.nodes[0]
             value: Tensor | None = None
@@ -233,8 +236,10 @@ class _Bound:
             elif source.packed:
                 value = packed.leaves[tuple(node.name for node in source.nodes)]
             else:
-                owner = members[str(node.keyword("model"))]
-                value = owner.state.tensors[str(node.keyword("path"))]
+                place = str(node.keyword("model")), str(node.keyword("path"))
+                value = members[place[0]].state.tensors[place[1]]
+                if value.requires_grad and learning.isdisjoint(homes(node)):
+                    self._idle.append((position, value))
             self._values.append(value)
         self._draws = self._plan_draws()
         self.losses = [
@@ -296,6 +301,8 @@ class _Bound:
             values[position] = leaf
         for position, source in self._random:
             values[position] = drawn[tuple(node.name for node in source.nodes)]
+        for position, parameter in self._idle:
+            values[position] = parameter.detach()
         if self._buffers:
             torch._foreach_copy_(self._before, self._buffers)
         return self.lowered(values)  # type: ignore[arg-type]

@@ -81,10 +81,12 @@ _DEAD_ENDS = frozenset(
 def learning_places(graph: Graph) -> frozenset[Place]:
     """The parameters that some loss gives a gradient to, be it zero.
 
-    The others have no gradient at all, and an optimizer leaves them alone.
+    The others have no gradient at all, and an optimizer leaves them alone. Next to a lane that
+    learns, a fused operator would give them one of zeros, and weight decay would move them.
     """
     nodes = {node.name: node for node in graph.nodes}
-    pending = [o.ref for o in graph.outputs if o.role == "loss"]
+    losses = [output for output in graph.outputs if output.role == "loss"]
+    pending = [o.ref for o in losses if o.program.startswith("train/")]
     seen: set[Ref] = set()
     found: set[Place] = set()
     while pending:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
@@ -365,6 +366,8 @@ class _Converter:
         x, weight, bias, mean, var, momentum, eps = args
         fakes = self._fakes((x, weight, bias, None, None))
         result = torch.ops.aten.batch_norm.default(*fakes, True, momentum, eps, False)
+        # Torch's meta function keeps strides that the kernel does not; dropout masks follow them.
+        result = torch.empty_like(result, memory_format=suggest_memory_format(fakes[0]))
         fakes = (result, self.values[mean].clone(), self.values[var].clone())  # type: ignore[index]
         added = self._add("batch_norm", "cgo.batch_norm", args, {}, fakes)
         return added

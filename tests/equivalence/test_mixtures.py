@@ -80,3 +80,15 @@ def test_other_optimizers_of_torch(tmp_path, optimizer):
     merged = Merged(given, tmp_path)
     for case in given:
         assert_equal_float64(merged, case)
+
+
+def test_parameters_without_a_gradient_stay_without_next_to_lanes_that_learn(tmp_path):
+    """Alone their gradient is None; of a fused operator it would be zero, and weight decay acts."""
+    training = {"optimizer": "AdamW", "optimizer_kwargs": {"weight_decay": 0.3}, **F64}
+    given = [Case(f"m{seed}", "half_idle", {"idle": seed == 1}, seed=seed, training=training)
+             for seed in range(3)]  # fmt: skip
+    merged = Merged(given, tmp_path)
+    assert merged.gradients["m1"]["enter.weight"] is None
+    assert merged.gradients["m0"]["enter.weight"] is not None
+    for case in given:
+        assert_equal_float64(merged, case)

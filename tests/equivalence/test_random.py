@@ -76,7 +76,7 @@ def test_some_random_networks_equal_training_alone(seed, folders):
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-@settings(max_examples=250, **SETTINGS)
+@settings(max_examples=200, **SETTINGS)
 @given(seed=SEEDS)
 def test_random_networks_equal_training_alone(seed, folders):
     check(cases(seed), folders.mktemp("random"))

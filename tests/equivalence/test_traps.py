@@ -20,6 +20,7 @@ CAPTURED = (
     "constant",
     "alpha_dropout",
     "noise",
+    "strided_norm",
 )
 OPAQUE = {
     "straight_through": "the gradient of enter.weight",

@@ -281,7 +281,112 @@ SHAPES = [
     Call("aten.trace.default", (X2,), "vmap"),
 ]  # fmt: skip
 
+SMALL = (3, 4)
+
+
+def each(form, operators, *args, **kwargs):
+    """One call for every operator named."""
+    return [Call(f"aten.{op}", args, form, kwargs) for op in operators.split()]
+
+
+def elementwise(operators, *args, **kwargs):
+    return each("elementwise", operators, *args, **kwargs)
+
+
+NORMAL, POSITIVE, UNIT, BOOL = (T(SMALL, kind) for kind in ("normal", "positive", "unit", "bool"))
+CLASS = T(SMALL, "classes", below=5)
+#: Every other operator that has a form, once.
+REST = [
+    *elementwise(
+        """
+        absolute.default asinh.default atan.default ceil.default cos.default cosh.default
+        erf.default erfc.default exp2.default expm1.default floor.default frac.default
+        isfinite.default isinf.default isnan.default lift_fresh_copy.default log_sigmoid.default
+        mish.default nan_to_num.default negative.default ones_like.default reciprocal.default
+        relu6.default round.default selu.default sign.default sin.default sinh.default
+        square.default tan.default trunc.default celu.default hardshrink.default
+        hardsigmoid.default hardtanh.default softshrink.default
+        """,
+        NORMAL,
+    ),
+    *elementwise("log10.default log1p.default log2.default rsqrt.default", POSITIVE),
+    *elementwise("acos.default asin.default atanh.default", UNIT),
+    *elementwise("acosh.default", T(SMALL, "above one")),
+    *elementwise("logical_not.default bitwise_not.default", BOOL),
+    *elementwise("_to_copy.default", NORMAL, dtype=DOUBLE),
+    *elementwise("full_like.default", NORMAL, 0.5),
+    *elementwise("threshold.default", NORMAL, 0.1, 20.0),
+    *elementwise("clamp_max.default clamp_min.default clip.default", NORMAL, 0.3),
+    *elementwise("fmod.Scalar remainder.Scalar", NORMAL, 0.7),
+    *elementwise("floor_divide.Scalar", T(SMALL, trained=False), 0.7),
+    *elementwise("eq.Scalar ne.Scalar lt.Scalar le.Scalar ge.Scalar", CLASS, 2),
+    *elementwise(
+        """
+        divide.Tensor true_divide.Tensor multiply.Tensor subtract.Tensor fmax.default fmin.default
+        minimum.default logaddexp.default logaddexp2.default fmod.Tensor
+        """,
+        NORMAL,
+        POSITIVE,
+    ),
+    *elementwise("xlogy.Tensor", NORMAL, POSITIVE),
+    *elementwise("addcdiv.default", NORMAL, NORMAL, POSITIVE, value=0.3),
+    *elementwise(
+        """
+        bitwise_and.Tensor bitwise_or.Tensor bitwise_xor.Tensor logical_and.default
+        logical_or.default logical_xor.default
+        """,
+        BOOL,
+        BOOL,
+    ),
+    *each("same value", "alias.default", NORMAL),
+    *each("per-channel slope", "_prelu_kernel.default", X2, B4),
+    *each("along dimensions", "any.dim all.dim", BOOL, 1),
+    *each("along dimensions", "amin.default nansum.default std.dim", ROW, (1,)),
+    *each("along dimensions", "argmin.default argsort.default min.dim sort.default", ROW, 1),
+    *each("along dimensions", "cumprod.default logcumsumexp.default prod.dim_int", ROW, 1),
+    *each("along dimensions", "topk.default", ROW, 2, 1),
+    *each("concatenation", "concat.default concatenate.default", (X2, X2), 1),
+    *each("elementwise loss", "soft_margin_loss.default", X2, T((5, 4), trained=False)),
+    *each("expansion", "broadcast_to.default", T((3, 1, 4)), (2, 3, 5, 4)),
+    *each("folded negative log likelihood", "nll_loss.default", X2, TARGET),
+    *each("folded negative log likelihood", "nll_loss2d.default", X4,
+          T((2, 6, 6), "classes", below=4)),
+    convolution("conv_transpose3d.input", T((2, 4, 3, 3, 3)), T((4, 3, 2, 2, 2)), T((3,))),
+    *each("last axes", "triu.default", ROW, -1),
+    *each("padding over channels", "pad.default", X4, (1, 1)),
+    *each("padding over channels", "reflection_pad1d.default replication_pad1d.default", X3,
+          (1, 2)),
+    *each("padding over channels", "replication_pad2d.default", X4, (1, 0, 2, 1)),
+    *each("padding over channels", "reflection_pad3d.default replication_pad3d.default",
+          T((2, 2, 3, 3, 3)), (1, 0, 1, 1, 0, 2)),
+    *each("part", "narrow.default", ROW, 1, 2, 3),
+    *each("permutation", "mT.default numpy_T.default", X2),
+    *each("pooling over channels", "adaptive_avg_pool1d.default", X3, (3,)),
+    *each("pooling over channels", "adaptive_avg_pool3d.default adaptive_max_pool3d.default",
+          T((2, 2, 4, 4, 4)), (2, 2, 1)),
+    *each("pooling over channels", "adaptive_max_pool2d.default", X4, (2, 3)),
+    *each("pooling over channels", "avg_pool1d.default max_pool1d_with_indices.default", X3, (2,),
+          (2,)),
+    *each("pooling over channels",
+          "avg_pool3d.default max_pool3d.default max_pool3d_with_indices.default",
+          T((2, 2, 4, 4, 4)), (2, 2, 2), (2, 2, 2)),
+    *each("reshape", "_unsafe_view.default", X2, (4, 5)),
+    *each("reshape", "unflatten.int", ROW, 2, (2, 3)),
+    *each("resizing over channels", "_upsample_nearest_exact1d.default upsample_nearest1d.default",
+          X3, (12,)),
+    *each("resizing over channels", "upsample_linear1d.default", X3, (12,), True),
+    *each("resizing over channels", "_upsample_nearest_exact2d.default", X4, (9, 9)),
+    *each("resizing over channels", "upsample_bicubic2d.default", X4, (9, 9), False),
+    *each("resizing over channels", "_upsample_nearest_exact3d.default upsample_nearest3d.default",
+          T((2, 2, 2, 2, 2)), (3, 4, 3)),
+    *each("resizing over channels", "upsample_trilinear3d.default", T((2, 2, 2, 2, 2)), (3, 4, 3),
+          False),
+    *each("resizing over channels", "pixel_unshuffle.default", X4, 2),
+    *each("expansion", "expand_as.default", T((5, 1)), X2),
+    *each("reshape", "view_as.default reshape_as.default", X2, T((4, 5))),
+]  # fmt: skip
+
 CALLS = [
     *CONVOLUTIONS, *LINEAR, *NORMS, *EMBEDDINGS, *ATTENTIONS, *RECURRENT, *POOLING, *LOSSES,
-    *ELEMENTWISE, *REDUCTIONS, *SHAPES,
+    *ELEMENTWISE, *REDUCTIONS, *SHAPES, *REST,
 ]  # fmt: skip

@@ -21,7 +21,7 @@ class T:
     """A tensor argument: its shape, and how it is filled."""
 
     shape: tuple[int, ...]
-    kind: str = "normal"  # normal, positive, unit, bool, or classes: integers below `below`
+    kind: str = "normal"  # normal, positive, above one, unit, bool, or classes < `below`
     below: int = 0
     trained: bool = True
 
@@ -31,8 +31,8 @@ class T:
         if self.kind == "bool":
             return torch.rand(self.shape, generator=generator) > 0.5
         value = torch.randn(self.shape, generator=generator, dtype=torch.float64)
-        if self.kind == "positive":
-            return value.abs() + 0.1
+        if self.kind in ("positive", "above one"):
+            return value.abs() + (0.1 if self.kind == "positive" else 1.1)
         return value.sigmoid() if self.kind == "unit" else value
 
 

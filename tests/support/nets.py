@@ -165,6 +165,23 @@ def regressor(width=8):
     return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.Tanh(), nn.Linear(width, 2))
 
 
+class HalfIdle(nn.Module):
+    """Its first layer learns, or not: its output is detached."""
+
+    def __init__(self, idle):
+        super().__init__()
+        self.idle = idle
+        self.enter, self.norm, self.head = nn.Linear(64, 12), nn.LayerNorm(12), nn.Linear(12, 10)
+
+    def forward(self, x):
+        x = self.norm(self.enter(x.flatten(1)))
+        return self.head((x.detach() if self.idle else x).tanh())
+
+
+def half_idle(idle):
+    return HalfIdle(idle)
+
+
 class Two(nn.Module):
     """Takes two inputs, by position or by name."""
 
@@ -199,6 +216,7 @@ class Trap(nn.Module):
         self.norm = nn.BatchNorm1d(64)
         self.enter = nn.Linear(64, 12)
         self.inner = nn.BatchNorm1d(12, momentum=None if kind == "momentum_none" else 0.1)
+        self.strided = nn.BatchNorm1d(4)
         self.unused = nn.Linear(3, 3)
         self.head = nn.Linear(12, 10)
         if kind.startswith("frozen_norm"):
@@ -262,6 +280,11 @@ class Trap(nn.Module):
 
     def _alpha_dropout(self, x):
         return F.alpha_dropout(x, 0.2, self.training)
+
+    def _strided_norm(self, x):
+        """Dropout masks follow the layout that the norm's kernel gives, not its meta function."""
+        x = self.strided(x.view(-1, 3, 4).transpose(1, 2))
+        return F.dropout(x, 0.3, self.training).flatten(1)
 
     def _noise(self, x):
         return x + torch.randn_like(x) * 0.1
