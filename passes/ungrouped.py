@@ -61,7 +61,8 @@ def _difference(
     if not others:
         return ALONE
     found = [_literals(node, nodes_of[o]) + _operands(signature, o) for o in others]
-    return next(iter(min(found, key=len)), "its results differ in dtype or shape")
+    fewest = min(found, key=len)
+    return fewest[0] if fewest else "its results differ in dtype or shape"
 
 
 def _literals(node: Node, other: Node) -> list[str]:

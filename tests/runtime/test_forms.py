@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from support import forms_table
 from support.calls import CALLS
 from support.fused import Members
 
@@ -121,4 +122,10 @@ def _weighted(outputs, weights):
         for row, others in zip(outputs, weights)
         for value, weight in zip(row, others)
         if weight is not None
+    )
+
+
+def test_the_table_in_the_docs_is_in_force():
+    assert forms_table.PATH.read_text() == forms_table.document(), (
+        "write it again: PYTHONPATH=tests python -m support.forms_table"
     )
