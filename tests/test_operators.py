@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cgo.graph import SOURCES
-from cgo.operators import CGO_OPERATORS, aten, known
+from cgo.operators import CGO_OPERATORS, aten, known, named_arguments
 
 
 def test_an_operator_is_found_by_name():
@@ -45,3 +45,19 @@ def test_unknown(op):
 
 def test_sources_are_ours():
     assert SOURCES < CGO_OPERATORS
+
+
+def test_arguments_have_names_and_defaults():
+    found = named_arguments("aten.conv2d.default", ("x", "w", None, (2, 2)), {"groups": 3})
+    assert found == {
+        "input": "x", "weight": "w", "bias": None, "stride": (2, 2), "padding": (0, 0),
+        "dilation": (1, 1), "groups": 3,
+    }  # fmt: skip
+    assert list(found) == ["input", "weight", "bias", "stride", "padding", "dilation", "groups"]
+
+
+def test_arguments_of_our_own_operators_have_names():
+    found = named_arguments("cgo.batch_norm", ("x", None, None, "m", "v", 0.1, 1e-5), {})
+    assert found["var"] == "v"
+    assert found["eps"] == 1e-5
+    assert named_arguments("cgo.input", (), {"leaf": "input"}) == {"leaf": "input"}

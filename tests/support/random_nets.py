@@ -123,8 +123,9 @@ def of_tokens(x, variant, dropout):
     """Layers from (N, T, D)."""
     t, d = x.shape[1:]
     yield lambda: nn.Linear(d, 6, bias=variant % 2 == 0)
-    yield lambda: nn.LayerNorm(d)
-    yield lambda: nn.RMSNorm(d)
+    # Over one element a norm is zero, and its gradient nothing but rounding errors.
+    yield (lambda: nn.LayerNorm(d)) if d > 1 else None
+    yield (lambda: nn.RMSNorm(d)) if d > 1 else None
     yield lambda: Attention(d, 1 + variant % 2, variant % 3 == 0, dropout * (variant % 2))
     yield (lambda: Recurrent(nn.LSTM, d, bidirectional=variant % 2 == 0)) if t <= 9 else None
     yield (lambda: Recurrent(nn.GRU, d, num_layers=1 + variant % 2)) if t <= 9 else None
@@ -149,7 +150,7 @@ def of_vectors(x, variant, dropout):
     d = x.shape[1]
     yield lambda: nn.Linear(d, 8, bias=variant % 2 == 0)
     yield lambda: nn.BatchNorm1d(d)
-    yield lambda: nn.LayerNorm(d, bias=variant % 2 == 0)
+    yield (lambda: nn.LayerNorm(d, bias=variant % 2 == 0)) if d > 1 else None
     yield lambda: Twice(d)
     yield lambda: Scale(d)
     yield lambda: Call(lambda value: value.softmax(1))
