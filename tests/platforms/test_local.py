@@ -62,6 +62,7 @@ def test_the_environment_keeps_what_the_user_set(monkeypatch):
     assert env["CGO_IMPORT_ROOTS"] == os.pathsep.join(["/a", "/b"])
     if sys.platform == "linux":
         assert env["MALLOC_MMAP_MAX_"] == MALLOC["MALLOC_MMAP_MAX_"]
+        assert int(env["GOMP_SPINCOUNT"]) <= 10_000
 
 
 def test_several_workers_run_several_trials():
