@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from cgo.graph import Argument, Node, Ref, Symbol, TensorType
 from cgo.operators import aten, named_arguments
+from cgo.runtime.layouts import channels_last, stack, to_channels, to_stacked, unstack
 from cgo.runtime.operators import symbol_value
 
 #: Layouts of a packed value of M lanes.
@@ -111,11 +112,18 @@ def operator_of(node: Node) -> str:
 class Emitter:
     """Writes one region of a program as a `torch.fx` graph."""
 
-    def __init__(self, device: torch.device, types: Types, readers: Counter[Ref]) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        types: Types,
+        readers: Counter[Ref],
+        images_last: bool = False,
+    ) -> None:
         self.graph = fx.Graph()
         self.device = device
         self.types = types
         self.readers = readers
+        self.images_last = images_last  # convolutions have channels last in memory
         self.written: set[Ref] = set()  # updates that are written in place into their buffers
         self.sources: set[int] = set()  # ids of packed values that are leaves handed in
         self.gathers = 0  # times that members' values were copied together
@@ -147,13 +155,7 @@ class Emitter:
         return self._plain[ref]
 
     def _split(self, packed: Packed) -> list[fx.Node]:
-        """All lanes at once: the backward of taking one by one fills whole tensors with zeros."""
-        if packed.layout == STACKED:
-            several = self.call(torch.unbind, packed.node, 0)
-        else:
-            type_ = self.types[packed.refs[0]]
-            assert type_ is not None
-            several = self.call(torch.split, packed.node, type_.shape[1], 1)
+        several = self.call(unstack, self._converted(packed, STACKED))
         return [self.call(item, several, lane) for lane in range(len(packed.refs))]
 
     def whole(self, refs: Sequence[Ref]) -> Packed | None:
@@ -199,11 +201,8 @@ class Emitter:
         return None if whole is None else whole.layout
 
     def wants_channels(self, column: Column) -> bool:
-        """Whether the column is packed in channels, or is images that are not packed yet."""
-        if column.shared:
-            return False
-        layout = self.layout_of(column)
-        return layout == CHANNELS or (layout is None and column.ndim >= 4)
+        """Whether the column is packed in channels already; lanes are stacked at less cost."""
+        return not column.shared and self.layout_of(column) == CHANNELS
 
     def is_leaf(self, column: Column) -> bool:
         """Whether the column is a packed parameter or buffer that nothing else reads."""
@@ -220,13 +219,23 @@ class Emitter:
     def _gather(self, column: Column, layout: str) -> fx.Node:
         whole = self._whole.get(column.refs)
         if whole is not None:
-            if whole.layout == layout:
-                return whole.node
-            convert = to_channels if layout == CHANNELS else to_stacked
-            return self.call(convert, whole.node, len(column.refs))
+            return self._converted(whole, layout)
         self.gathers += 1
         lanes = [self.value(ref) for ref in column.refs]
-        return self.call(*((torch.stack, lanes, 0) if layout == STACKED else (torch.cat, lanes, 1)))
+        return self.call(stack, lanes) if layout == STACKED else self.call(torch.cat, lanes, 1)
+
+    def _converted(self, packed: Packed, layout: str) -> fx.Node:
+        if packed.layout == layout:
+            return packed.node
+        key = packed.refs, layout
+        if key not in self._made:
+            convert = to_channels if layout == CHANNELS else to_stacked
+            self._made[key] = self.call(convert, packed.node, len(packed.refs))
+        return self._made[key]
+
+    def images(self, node: fx.Node) -> fx.Node:
+        """A convolution's input or result in the memory format that it is to have."""
+        return self.call(channels_last, node) if self.images_last else node
 
     # --- writing ----------------------------------------------------------------------------------
 
@@ -302,13 +311,3 @@ def item(values: Sequence[Tensor], index: int) -> Tensor:
 def expand_first(value: Tensor, size: int) -> Tensor:
     """(...) to (M, ...), without a copy."""
     return value.unsqueeze(0).expand(size, *value.shape)
-
-
-def to_channels(value: Tensor, size: int) -> Tensor:
-    """(M, N, C, ...) to (N, M*C, ...)."""
-    return value.transpose(0, 1).flatten(1, 2)
-
-
-def to_stacked(value: Tensor, size: int) -> Tensor:
-    """(N, M*C, ...) to (M, N, C, ...); a view."""
-    return value.unflatten(1, (size, -1)).transpose(0, 1)

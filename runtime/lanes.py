@@ -17,6 +17,7 @@ from torch import Tensor
 from cgo.errors import DataError
 from cgo.graph import Graph, ModelId, Node, Output, homes, restrict
 from cgo.model import loss_function
+from cgo.runtime.choice import rules_for
 from cgo.runtime.data import Leaves, preserved_random_state
 from cgo.runtime.lower import Lowered, Source, lower
 from cgo.runtime.member import Member
@@ -53,6 +54,8 @@ class MergedLanes:
         self._learning = learning_places(graph)
         self._constants = constants
         self._device = device
+        self._rules = rules_for(device)
+        self._chosen = graph  # of the models that run, with groups as wide as the rules have them
         self._packed_for: tuple[ModelId, ...] = ()
         self._packed = PackedState((), self.members)
         self._updates: Updates | None = None  # None: each model's own optimizer takes the step
@@ -181,8 +184,8 @@ class MergedLanes:
             return
         self._drop_updates()
         self._packed_for = tuple(models)
-        packs = plan_packs(restrict(self._graph, models=set(models)))
-        self._packed = PackedState(packs, self.members)
+        self._chosen = self._rules(restrict(self._graph, models=set(models)))
+        self._packed = PackedState(plan_packs(self._chosen), self.members)
         self._programs = {key: bound for key, bound in self._programs.items() if not key[2]}
         for member in self.members.values():
             release(member, self._packed.held)
@@ -191,7 +194,7 @@ class MergedLanes:
         key = program, tuple(models), packed
         bound = self._programs.get(key)
         if bound is None:
-            part = restrict(self._graph, models=set(models))
+            part = self._chosen if packed else restrict(self._graph, models=set(models))
             state = self._packed if packed else PackedState((), self.members)
             lowered = lower(part, program, self._device, state.packs)
             bound = _Bound(lowered, self.members, self._constants, state, self._learning)

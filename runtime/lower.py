@@ -32,6 +32,7 @@ from cgo.graph import (
     restrict,
 )
 from cgo.operators import aten
+from cgo.runtime.choice import LOOP
 from cgo.runtime.emitter import (
     STACKED,
     Emitter,
@@ -130,7 +131,14 @@ class _Region:
         return torch.autocast(device.type, dtype=getattr(torch, self.autocast))
 
 
-def lower(graph: Graph, program: str, device: torch.device, packs: Sequence[Pack] = ()) -> Lowered:
+def lower(
+    graph: Graph,
+    program: str,
+    device: torch.device,
+    packs: Sequence[Pack] = (),
+    *,
+    keep_layouts: bool = False,
+) -> Lowered:
     """Make one program of a graph executable.
 
     Args:
@@ -138,6 +146,8 @@ def lower(graph: Graph, program: str, device: torch.device, packs: Sequence[Pack
         program: The program's name, such as "train/64".
         device: Where its tensors are.
         packs: Parameters and buffers that will be handed over as one tensor.
+        keep_layouts: Leave images in the memory format that they come in, so that a capture rounds
+            as its module does.
 
     Raises:
         GraphError: the graph has no such program, or nodes of different autocast settings feed
@@ -146,14 +156,17 @@ def lower(graph: Graph, program: str, device: torch.device, packs: Sequence[Pack
     part = restrict(graph, program=program)
     if not part.outputs:
         raise GraphError(f"the graph has no program {program!r}")
-    return _Lowering(part, device, packs).lowered()
+    images_last = device.type == "cpu" and not keep_layouts
+    return _Lowering(part, device, packs, images_last).lowered()
 
 
 class _Lowering:
     """One program on its way; results are collected over its regions."""
 
-    def __init__(self, part: Graph, device: torch.device, packs: Sequence[Pack]) -> None:
-        self.part, self.device = part, device
+    def __init__(
+        self, part: Graph, device: torch.device, packs: Sequence[Pack], images_last: bool
+    ) -> None:
+        self.part, self.device, self.images_last = part, device, images_last
         self.nodes = {node.name: node for node in part.nodes}
         self.types: Types = {
             Ref(node.name, index): type_
@@ -193,7 +206,8 @@ class _Lowering:
             for index, source in enumerate(self.sources)
             if any(node.name in needed for node in source.nodes)
         )
-        builder = _Builder(self.device, self.types, self.readers, setting)
+        emitter = Emitter(self.device, self.types, self.readers, self.images_last)
+        builder = _Builder(emitter, setting)
         builder.place([self.sources[index] for index in reads])
         for members in runs(nodes):
             builder.add(members)
@@ -298,10 +312,8 @@ def _readers(part: Graph) -> Counter[Ref]:
 class _Builder:
     """Writes the nodes of one region."""
 
-    def __init__(
-        self, device: torch.device, types: Types, readers: Counter[Ref], setting: str | None
-    ) -> None:
-        self.emitter = Emitter(device, types, readers)
+    def __init__(self, emitter: Emitter, setting: str | None) -> None:
+        self.emitter = emitter
         self.decisions: list[Decision] = []
         self.setting = setting
 
@@ -339,6 +351,8 @@ class _Builder:
 
     def _write(self, group: Group) -> tuple[str | None, str]:
         """Write a group in the first form that takes it; the form's name, or why none does."""
+        if (group.nodes[0].group or "").endswith(LOOP):
+            return None, "one by one is faster for members of this size"
         if all(column.shared for column in group.columns):
             return None, "every member reads the same values"
         for form in forms_of(group.operator):
@@ -365,7 +379,12 @@ class _Builder:
         emitter = self.emitter
         args = tuple(self._argument(argument) for argument in node.args)
         kwargs = {key: self._argument(value) for key, value in node.kwargs}
+        images = node.op in _CONVOLUTIONS
+        if images:
+            args = (emitter.images(args[0]), *args[1:])
         result = emitter.graph.call_function(self._kernel(node), args, kwargs)
+        if images:  # of one channel both formats are one, and the kernel takes the other
+            result = emitter.images(result)
         if len(node.types) == 1 and not returns_list(node):
             emitter.set(Ref(node.name), result)
             return
@@ -418,6 +437,9 @@ class _Builder:
             return [self._argument(item) for item in argument]
         return argument
 
+
+#: Over images, whose memory format they keep.
+_CONVOLUTIONS = {"aten.conv2d.default", "aten.conv2d.padding", "aten.conv_transpose2d.input"}
 
 _ANY_STRIDES = {
     "aten.view.default": torch.ops.aten.reshape.default,

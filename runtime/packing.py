@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cgo.graph import STATE, Graph, ModelId, Node, Ref, homes, inputs_of
+from cgo.runtime.choice import LOOP
 from cgo.runtime.emitter import runs
 from cgo.runtime.member import Member
 
@@ -38,7 +39,8 @@ def plan_packs(graph: Graph) -> tuple[Pack, ...]:
     learning = learning_places(graph)
     packs: list[Pack] = []
     taken: set[str] = set()
-    groups = [members for members in runs(graph.nodes) if len(members) > 1]
+    fused = [node for node in graph.nodes if not (node.group or "").endswith(LOOP)]
+    groups = [members for members in runs(fused) if len(members) > 1]
     for members in sorted(groups, key=lambda group: _urgency(group[0])):
         for column in zip(*(tuple(inputs_of(member)) for member in members)):
             pack = _pack(nodes, column, learning)

@@ -1,12 +1,13 @@
-"""Operators that treat each channel by itself: over M*C channels."""
+"""Operators that treat each channel of each sample by itself: over M*C channels or M*N samples."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from cgo.operators import aten
-from cgo.runtime.emitter import CHANNELS, Emitter, Group, Packed
+from cgo.runtime.emitter import CHANNELS, STACKED, Emitter, Group, Packed
 from cgo.runtime.forms import form
+from cgo.runtime.forms.folding import fold, unfold
 
 _POOLING = """
 max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices
@@ -59,5 +60,11 @@ def _per_channel(emitter: Emitter, group: Group) -> list[Packed] | None:
     column_name = next(name for name, value in group.arguments.items() if value is x)
     overload = aten(group.nodes[0].op)
     assert overload is not None
-    result = emitter.call(overload, **{column_name: emitter.channels(x)}, **values)
-    return emitter.outputs(group, result, CHANNELS)
+    channels = emitter.wants_channels(x)
+    given = emitter.channels(x) if channels else fold(emitter, emitter.stacked(x))
+    result = emitter.call(overload, **{column_name: given}, **values)
+    found = emitter.outputs(group, result, CHANNELS if channels else STACKED)
+    if not channels:
+        for packed in found:
+            packed.node = unfold(emitter, packed.node, group.size)
+    return found

@@ -1,0 +1,63 @@
+"""How packed values lie in memory, and the copies between layouts.
+
+Images lie with their channels last wherever the device prefers that (a CPU does): stacked ones as
+(M, N, H, W, C) in memory, those in channels as (N, H, W, M*C). So a lane of a stacked value is a
+whole block, and taking lanes out or bringing them together moves blocks, forward and backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+#: Dimensions of a batch of images.
+IMAGES = 4
+
+
+def channels_last(value: Tensor) -> Tensor:
+    """(N, C, H, W) with channels last in memory; others, and what lies so already, unchanged."""
+    if value.ndim != IMAGES:
+        return value
+    return value.contiguous(memory_format=torch.channels_last)
+
+
+def stack(lanes: Sequence[Tensor]) -> Tensor:
+    """M times (...) to (M, ...)."""
+    if lanes[0].ndim != IMAGES:
+        return torch.stack(lanes, 0)
+    # `stack` would lose the lanes' memory format.
+    return torch.cat(lanes, 0).unflatten(0, (len(lanes), -1))
+
+
+def unstack(value: Tensor) -> Sequence[Tensor]:
+    """(M, ...) to M times (...), all at once: the backward of one alone fills all with zeros."""
+    if value.ndim != IMAGES + 1:
+        return value.unbind(0)
+    # As for `stack`: the backward of `split` is a `cat`, which keeps the memory format.
+    return value.flatten(0, 1).split(value.shape[1], 0)
+
+
+def to_channels(value: Tensor, size: int) -> Tensor:
+    """(M, N, C, ...) to (N, M*C, ...)."""
+    if value.ndim != IMAGES + 1 or not _channels_last(value):
+        return value.transpose(0, 1).flatten(1, 2)
+    return value.permute(1, 3, 4, 0, 2).flatten(3, 4).permute(0, 3, 1, 2)
+
+
+def to_stacked(value: Tensor, size: int) -> Tensor:
+    """(N, M*C, ...) to (M, N, C, ...), each lane a block."""
+    if value.ndim != IMAGES or not value.is_contiguous(memory_format=torch.channels_last):
+        return value.unflatten(1, (size, -1)).transpose(0, 1).contiguous()
+    lanes = value.permute(0, 2, 3, 1).unflatten(3, (size, -1)).permute(3, 0, 1, 2, 4)
+    return lanes.contiguous().permute(0, 1, 4, 2, 3)
+
+
+def folded(value: Tensor) -> Tensor:
+    """(M, N, ...) to (M*N, ...)."""
+    return value.flatten(0, 1)
+
+
+def _channels_last(value: Tensor) -> bool:
+    return value.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
