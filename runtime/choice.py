@@ -1,23 +1,38 @@
-"""How wide groups are executed, as rules: which as one operator, in chunks, or as a loop.
+"""How merged models are executed, as rules: what is fused how wide, and which models together.
 
-Fusing saves the fixed cost of calls; what it costs is that a whole group's values pass through the
-cache at once, and are copied together where their memberships differ. So small members are fused,
-and large ones run one by one.
+Fusing saves the fixed cost of calls. What it costs is cache: a merged step runs all forwards, then
+all backwards, so that the activations of all its models lie between, and a group's values pass
+through at once. So small models are merged into one program, larger ones into several of a few
+models each, which take turns; and operators over large values run one by one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import networkx
 import torch
 
-from cgo.graph import Graph, Node, TensorType, inputs_of
+from cgo.graph import SOURCES, Graph, ModelId, Node, TensorType, inputs_of
+from cgo.operators import aten
 from cgo.runtime.emitter import runs
+
+#: What operators give that are not worth staying together for.
+_CHEAP_BYTES = 1024
 
 #: Marks the name of a group that is executed as a loop.
 LOOP = "~"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A graph whose groups are as they will be executed, and the models of each program."""
+
+    graph: Graph
+    programs: tuple[tuple[ModelId, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -26,60 +41,99 @@ class Rules:
 
     Args:
         most_lane_bytes: A group is a loop where one member's largest value is larger.
-        most_group_bytes: A group is executed in chunks whose values are no larger in all.
+        most_program_bytes: Models are merged into one program while all that their operators give
+            in a training step is no larger.
     """
 
     most_lane_bytes: float = math.inf
-    most_group_bytes: float = math.inf
+    most_program_bytes: float = math.inf
 
-    def __call__(self, graph: Graph) -> Graph:
-        """Rename groups: `g7~` is a loop, `g7.0` and `g7.1` are chunks of `g7`."""
+    def __call__(self, graph: Graph, models: Sequence[ModelId]) -> Choice:
+        """Divide models into programs, and groups by program: `g7` becomes `g7.0` and `g7.1`.
+
+        Groups that are loops get a name that ends in `~`. Models that share a stem stay together,
+        so that it is computed once.
+        """
+        programs = self._programs(graph, models)
+        number = {model: index for index, ids in enumerate(programs) for model in ids}
         types = {node.name: node.types for node in graph.nodes}
         nodes: list[Node] = []
         for members in runs(graph.nodes):
-            name = members[0].group
-            if name is None:
+            if members[0].group is None:
                 nodes += members
                 continue
-            lane = _lane_bytes(members[0], types)
-            width = self._width(lane, len(members))
-            if width == 1:
-                nodes += [replace(member, group=name + LOOP) for member in members]
-            elif width >= len(members):
-                nodes += members
-            else:
-                nodes += _chunked(members, name, width)
-        same = len(nodes) == len(graph.nodes) and all(a is b for a, b in zip(nodes, graph.nodes))
-        return graph if same else Graph(tuple(nodes), graph.outputs)
+            loop = LOOP if _lane_bytes(members[0], types) > self.most_lane_bytes else ""
+            parts: dict[int, list[Node]] = defaultdict(list)
+            for member in members:
+                parts[number[min(member.owners)]].append(member)
+            for index, part in parts.items():
+                suffix = f".{index}" if len(parts) > 1 else ""
+                name = f"{members[0].group}{suffix}{loop}" if len(part) > 1 else None
+                nodes += [replace(n, group=name) if n.group != name else n for n in part]
+        return Choice(Graph(tuple(nodes), graph.outputs), programs)
 
-    def _width(self, lane: int, size: int) -> int:
-        """Members that are executed together; 1 for a loop."""
-        if lane > self.most_lane_bytes:
-            return 1
-        if lane * size <= self.most_group_bytes:
-            return size
-        chunks = math.ceil(lane * size / self.most_group_bytes)
-        return max(1, math.ceil(size / chunks))
+    def _programs(self, graph: Graph, models: Sequence[ModelId]) -> tuple[tuple[ModelId, ...], ...]:
+        sizes = _activation_bytes(graph)
+        found: list[list[ModelId]] = []
+        size = math.inf
+        for together in _by_likeness(graph, _sharing(graph, models)):
+            more = sum(sizes[model] for model in together)
+            if size + more > self.most_program_bytes or not found:
+                found.append([])
+                size = 0
+            found[-1] += together
+            size += more
+        return tuple(tuple(sorted(ids)) for ids in found)
 
 
 def rules_for(device: torch.device) -> Rules:
-    """What measurements on devices of this kind suggest."""
-    import os
+    """What measurements on devices of this kind suggest (`benchmarks/README.md`)."""
     if device.type == "cpu":
-        return Rules(most_lane_bytes=float(os.environ.get("LB", 2**18)), most_group_bytes=float(os.environ.get("GB", "inf")))
+        return Rules(most_lane_bytes=2**17, most_program_bytes=24e6)
     return Rules()
 
 
-def _chunked(members: Sequence[Node], name: str, width: int) -> list[Node]:
-    found = []
-    for number, start in enumerate(range(0, len(members), width)):
-        chunk = members[start : start + width]
-        group = f"{name}.{number}" if len(chunk) > 1 else None
-        found += [replace(member, group=group) for member in chunk]
+def _sharing(graph: Graph, models: Sequence[ModelId]) -> list[list[ModelId]]:
+    """Models that share work worth sharing: not views and counters, which cost nothing."""
+    ties = networkx.Graph()
+    ties.add_nodes_from(models)
+    for node in graph.nodes:
+        if len(node.owners) > 1 and _costly(node):
+            first, *others = sorted(node.owners)
+            ties.add_edges_from((first, other) for other in others)
+    return [sorted(ids) for ids in networkx.connected_components(ties)]
+
+
+def _costly(node: Node) -> bool:
+    overload = aten(node.op)
+    view = overload is not None and overload.is_view
+    return node.op not in SOURCES and not view and sum(map(_bytes, node.types)) > _CHEAP_BYTES
+
+
+def _by_likeness(graph: Graph, parts: Sequence[list[ModelId]]) -> list[list[ModelId]]:
+    """Parts in an order in which those that stand in the same groups are neighbours."""
+    groups: dict[ModelId, set[str]] = defaultdict(set)
+    for node in graph.nodes:
+        if node.group is not None:
+            for model in node.owners:
+                groups[model].add(node.group)
+    return sorted(parts, key=lambda ids: (sorted(set().union(*(groups[m] for m in ids))), ids))
+
+
+def _activation_bytes(graph: Graph) -> Mapping[ModelId, int]:
+    """Bytes of all that a model's operators give in its largest training program."""
+    sizes: dict[tuple[ModelId, str], int] = defaultdict(int)
+    for node in graph.nodes:
+        if node.op not in SOURCES and "/train/" in node.name:
+            for model in node.owners:
+                sizes[model, node.name.split("/")[2]] += sum(map(_bytes, node.types))
+    found: dict[ModelId, int] = defaultdict(int)
+    for (model, _), size in sizes.items():
+        found[model] = max(found[model], size)
     return found
 
 
-def _lane_bytes(node: Node, types: dict[str, tuple[TensorType | None, ...]]) -> int:
+def _lane_bytes(node: Node, types: Mapping[str, tuple[TensorType | None, ...]]) -> int:
     """The largest value that a node reads or gives; weights count as well."""
     read = [types[ref.name][ref.index] for ref in inputs_of(node)]
     return max(map(_bytes, [*read, *node.types]), default=0)

@@ -17,7 +17,7 @@ from torch import Tensor
 from cgo.errors import DataError
 from cgo.graph import Graph, ModelId, Node, Output, homes, restrict
 from cgo.model import loss_function
-from cgo.runtime.choice import rules_for
+from cgo.runtime.choice import Choice, rules_for
 from cgo.runtime.data import Leaves, preserved_random_state
 from cgo.runtime.lower import Lowered, Source, lower
 from cgo.runtime.member import Member
@@ -55,7 +55,7 @@ class MergedLanes:
         self._constants = constants
         self._device = device
         self._rules = rules_for(device)
-        self._chosen = graph  # of the models that run, with groups as wide as the rules have them
+        self._chosen = Choice(graph, ())
         self._packed_for: tuple[ModelId, ...] = ()
         self._packed = PackedState((), self.members)
         self._updates: Updates | None = None  # None: each model's own optimizer takes the step
@@ -65,12 +65,18 @@ class MergedLanes:
         """Losses of the given models; gradients wait for `update`."""
         self._pack(models)
         self._packed.zero_grad()
-        bound = self._bound(f"train/{size}", models)
-        drawn = bound.draw()
+        bounds = [self._bound(f"train/{size}", ids) for ids in self._chosen.programs]
+        drawn = [bound.draw() for bound in bounds]
+        outcomes: dict[ModelId, Outcome] = {}
+        begun: list[_Bound] = []
         try:
-            outcomes = self._train(bound, leaves, drawn)
+            for bound, numbers in zip(bounds, drawn):
+                begun.append(bound)
+                outcomes |= self._train(bound, leaves, numbers)
         except Exception as error:
-            bound.restore()
+            for bound in begun:
+                bound.restore()
+            self._packed.zero_grad()
             self._drop_updates()
             if len(models) == 1:
                 return {models[0]: error}
@@ -90,13 +96,14 @@ class MergedLanes:
         return {model: Result(loss) for model, loss in losses.items()}
 
     def _train_apart(
-        self, models: Sequence[ModelId], leaves: Leaves, size: int, drawn: Drawn
+        self, models: Sequence[ModelId], leaves: Leaves, size: int, drawn: Sequence[Drawn]
     ) -> dict[ModelId, Outcome]:
         """Run each model alone on the same random numbers, to find which of them raises."""
         outcomes: dict[ModelId, Outcome] = {}
         single: dict[tuple[str, ...], Tensor] = {
             (name,): lane
-            for names, value in drawn.items()
+            for numbers in drawn
+            for names, value in numbers.items()
             for name, lane in zip(names, value if len(names) > 1 else [value])
         }
         for model in models:
@@ -144,7 +151,10 @@ class MergedLanes:
     ) -> dict[ModelId, Outcome]:
         """Losses and predictions of the given models, without gradients."""
         self._pack(models)
-        return self._evaluate(models, leaves, size, packed=True)
+        outcomes: dict[ModelId, Outcome] = {}
+        for ids in self._chosen.programs:
+            outcomes |= self._evaluate(ids, leaves, size, packed=True)
+        return outcomes
 
     def _evaluate(
         self, models: Sequence[ModelId], leaves: Leaves, size: int, *, packed: bool
@@ -184,8 +194,8 @@ class MergedLanes:
             return
         self._drop_updates()
         self._packed_for = tuple(models)
-        self._chosen = self._rules(restrict(self._graph, models=set(models)))
-        self._packed = PackedState(plan_packs(self._chosen), self.members)
+        self._chosen = self._rules(restrict(self._graph, models=set(models)), models)
+        self._packed = PackedState(plan_packs(self._chosen.graph), self.members)
         self._programs = {key: bound for key, bound in self._programs.items() if not key[2]}
         for member in self.members.values():
             release(member, self._packed.held)
@@ -194,7 +204,8 @@ class MergedLanes:
         key = program, tuple(models), packed
         bound = self._programs.get(key)
         if bound is None:
-            part = self._chosen if packed else restrict(self._graph, models=set(models))
+            graph = self._chosen.graph if packed else self._graph
+            part = restrict(graph, models=set(models))
             state = self._packed if packed else PackedState((), self.members)
             lowered = lower(part, program, self._device, state.packs)
             bound = _Bound(lowered, self.members, self._constants, state, self._learning)

@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from cgo.cli.bench import bench
 from cgo.cli.demo import demo
 from cgo.cli.explain import explain
 from cgo.cli.run import run
@@ -20,6 +21,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(run)
 app.command()(explain)
+app.command()(bench)
 
 
 def main() -> None:

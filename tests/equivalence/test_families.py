@@ -86,7 +86,7 @@ def test_unfused_company_changes_no_bit(tmp_path):
     given = cases("sgd", dropout=0.2, epochs=2)
     merged = Merged(given, tmp_path / "merged", batch_operators=None)
     for case in given:
-        alone = Merged([case], tmp_path / case.id)
+        alone = Merged([case], tmp_path / case.id, batch_operators=None)
         assert alone.losses[case.id] == merged.losses[case.id]
 
 

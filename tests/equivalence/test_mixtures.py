@@ -74,7 +74,7 @@ def test_other_optimizers_of_torch(tmp_path, optimizer):
     training = {"optimizer": optimizer, **F64}
     given = [
         Case("a", "mlp", training=training),
-        Case("b", "cnn", training=training),
+        Case("b", "lstm", training=training),  # a bias before batch norm would walk on rounding
         Case("c", "mlp", seed=1, training=training),
     ]
     merged = Merged(given, tmp_path)

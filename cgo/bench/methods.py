@@ -1,0 +1,291 @@
+"""Ways of training many models: the baselines, and ours.
+
+A method takes models and gives a function that trains them a number of steps. Others can be plugged
+in: an entry point of the group `cgo.bench` whose object is called with the models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import multiprocessing
+import os
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cgo.bench.families import BATCHES
+from cgo.model import Model, loss_function, optimizer_class
+from cgo.planner import Planner
+from cgo.runtime.data import Loader, open_data
+from cgo.runtime.lanes import MergedLanes
+from cgo.runtime.member import Member
+from cgo.runtime.state import build_module
+
+#: Trains that many steps of all models.
+Steps = Callable[[int], None]
+
+#: The baseline of all ratios.
+SERIAL = "serial"
+
+_CPU = torch.device("cpu")
+
+
+class NotApplicable(Exception):
+    """A method that cannot train these models; says why."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of training models."""
+
+    prepare: Callable[[list[Model]], Steps]
+    compiles: bool = False  # takes minutes to prepare; only on request
+
+
+def all_methods() -> dict[str, Method]:
+    """Ours, the baselines, and what other packages plug in, by name."""
+    plugged = {e.name: Method(e.load()) for e in entry_points(group="cgo.bench")}
+    return _METHODS | plugged
+
+
+# --- the serial loop ----------------------------------------------------------------------------
+
+
+class _Solo:
+    """One model by hand: its module, its optimizer, its batches."""
+
+    def __init__(
+        self,
+        model: Model,
+        batches: list[tuple[Tensor, Tensor]],
+        change: Callable[[nn.Module], nn.Module] = lambda net: net,
+        **optimizer: Any,
+    ) -> None:
+        assert isinstance(model.module, str)
+        training = model.training
+        net, _ = build_module(model.module, model.kwargs, model.seed, training.precision)
+        self.net = change(net)
+        self.loss = loss_function(training.loss)
+        kind = optimizer_class(training.optimizer)
+        self.optimizer = kind(self.net.parameters(), **training.optimizer_kwargs, **optimizer)
+        self.batches = itertools.cycle(batches)
+
+    def step(self) -> None:
+        x, y = next(self.batches)
+        self.optimizer.zero_grad()
+        self.loss(self.net(x), y).backward()
+        self.optimizer.step()
+
+
+def _batches(models: list[Model]) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """The batches of each data set that the models train on, in memory."""
+    found = {}
+    for model in models:
+        spec = model.data
+        if spec.digest not in found:
+            x, y = open_data(spec).train.tensors
+            size = spec.batch_size
+            found[spec.digest] = [
+                (x[i : i + size].clone(), y[i : i + size].clone())
+                for i in range(0, BATCHES * size, size)
+            ]
+    return found
+
+
+def _loop(solos: list[_Solo]) -> Steps:
+    def steps(count: int) -> None:
+        for solo in solos:
+            for _ in range(count):
+                solo.step()
+
+    return steps
+
+
+def serial(models: list[Model], *, images_last: bool = False, **optimizer: Any) -> Steps:
+    """Each model in turn; `optimizer` are further arguments, such as `fused=True`."""
+    batches = _batches(models)
+    if images_last:
+        batches = {key: [(_last(x), y) for x, y in found] for key, found in batches.items()}
+    change = _last_module if images_last else lambda net: net
+    return _loop([_Solo(m, batches[m.data.digest], change, **optimizer) for m in models])
+
+
+def _last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
+def _last_module(net: nn.Module) -> nn.Module:
+    return net.to(memory_format=torch.channels_last)
+
+
+def compiled(models: list[Model]) -> Steps:
+    """The serial loop over `torch.compile`d modules."""
+    batches = _batches(models)
+    solos = [_Solo(m, batches[m.data.digest], lambda net: _compiled(net)) for m in models]
+    return _loop(solos)
+
+
+def _compiled(net: nn.Module) -> nn.Module:
+    module: nn.Module = torch.compile(net)  # type: ignore[assignment]
+    return module
+
+
+# --- models that are alike ------------------------------------------------------------------------
+
+
+def stacked(models: list[Model]) -> Steps:
+    """`torch.func.stack_module_state` and `vmap`, with one vectorised SGD step."""
+    if len({(m.module, str(m.kwargs), m.data.digest) for m in models}) > 1:
+        raise NotApplicable("vmap takes models of one architecture only")
+    (batches,) = _batches(models).values()
+    solos = [_Solo(model, batches) for model in models]
+    if any(buffer.ndim for solo in solos for buffer in solo.net.buffers()):
+        raise NotApplicable("batch norm writes its statistics in place, which vmap refuses")
+    parameters, buffers = torch.func.stack_module_state([solo.net for solo in solos])
+    net, loss = solos[0].net, solos[0].loss
+
+    def one(own: dict[str, Tensor], rest: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        value: Tensor = loss(torch.func.functional_call(net, (own, rest), (x,)), y)
+        return value
+
+    losses = torch.func.vmap(one, (0, 0, None, None), randomness="different")
+    step = _Momentum(list(parameters.values()), models)
+    cycle = itertools.cycle(batches)
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            x, y = next(cycle)
+            step(losses(parameters, buffers, x, y).sum())
+
+    return steps
+
+
+class _Momentum:
+    """SGD with momentum over stacked parameters, a learning rate a model."""
+
+    def __init__(self, parameters: list[Tensor], models: list[Model]) -> None:
+        given = [model.training.optimizer_kwargs for model in models]
+        self.parameters = parameters
+        self.moments = [torch.zeros_like(parameter) for parameter in parameters]
+        rates = torch.tensor([float(kwargs["lr"]) for kwargs in given])
+        self.rates = [rates.view(-1, *[1] * (p.ndim - 1)) for p in parameters]
+        self.momentum = float(given[0]["momentum"])
+
+    def __call__(self, loss: Tensor) -> None:
+        gradients = torch.autograd.grad(loss, self.parameters)
+        with torch.no_grad():
+            torch._foreach_mul_(self.moments, self.momentum)
+            torch._foreach_add_(self.moments, gradients)
+            torch._foreach_addcmul_(self.parameters, self.moments, self.rates, value=-1.0)
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+def processes(models: list[Model]) -> Steps:
+    """The serial loop in as many processes as there are cores, side by side."""
+    workers = min(len(os.sched_getaffinity(0)), len(models))
+    if workers < 2:
+        raise NotApplicable("one core, or one model")
+    context = multiprocessing.get_context("spawn")
+    pipes: list[Connection] = []
+    for worker in range(workers):
+        ours, theirs = context.Pipe()
+        share = [_portable(model) for model in models[worker::workers]]
+        process = context.Process(target=_serve, args=(theirs, share), daemon=True)
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+    for pipe in pipes:
+        pipe.recv()  # ready
+
+    def steps(count: int) -> None:
+        for pipe in pipes:
+            pipe.send(count)
+        for pipe in pipes:
+            pipe.recv()
+
+    weakref.finalize(steps, _close, pipes)
+    return steps
+
+
+def _portable(model: Model) -> tuple[Any, ...]:
+    return model.module, model.kwargs, model.data, model.training, model.seed
+
+
+def _close(pipes: list[Connection]) -> None:
+    for pipe in pipes:
+        pipe.close()
+
+
+def _serve(pipe: Connection, share: list[tuple[Any, ...]]) -> None:
+    torch.set_num_threads(1)
+    models = [
+        Model(module, kwargs, data=data, training=training, seed=seed)
+        for module, kwargs, data, training, seed in share
+    ]
+    steps = serial(models)
+    steps(1)
+    pipe.send(None)
+    with contextlib.suppress(EOFError):
+        while True:
+            steps(pipe.recv())
+            pipe.send(None)
+
+
+# --- ours ---------------------------------------------------------------------------------------
+
+
+def merged(models: list[Model]) -> Steps:
+    """The merged trial's step, as a trial takes it."""
+    folder = Path(tempfile.mkdtemp(prefix="cgo-bench-"))
+    planned = Planner().plan(models, folder)
+    data = planned.graph_data
+    if data is None or planned.report.opaque:
+        raise NotApplicable(f"not captured: {planned.failures or planned.report.opaque}")
+    parts = []
+    for key in data.data:
+        entries = [entry for entry in data.models if entry.data == key]
+        members = [Member(entry, data, _CPU, folder, lambda event: None) for entry in entries]
+        lanes = MergedLanes(data.graph, members, {}, _CPU)
+        batches = itertools.cycle(list(Loader(open_data(data.data[key]), _CPU).train(0)))
+        parts.append((lanes, [member.id for member in members], batches))
+
+    def steps(count: int) -> None:
+        for lanes, ids, batches in parts:
+            for size, leaves in itertools.islice(batches, count):
+                for outcome in lanes.train(ids, leaves, size).values():
+                    if isinstance(outcome, Exception):
+                        raise outcome
+                for failure in lanes.update(ids).values():
+                    raise failure
+
+    return steps
+
+
+_METHODS = {
+    SERIAL: Method(serial),
+    "serial-channels-last": Method(functools.partial(serial, images_last=True)),
+    "serial-foreach": Method(functools.partial(serial, foreach=True)),
+    "serial-fused": Method(functools.partial(serial, fused=True)),
+    "serial-channels-last-fused": Method(functools.partial(serial, images_last=True, fused=True)),
+    "serial-compile": Method(compiled, compiles=True),
+    "vmap": Method(stacked),
+    "processes": Method(processes),
+    "cgo": Method(merged),
+}
+
+
+def names() -> Iterator[str]:
+    """The names of all methods."""
+    yield from all_methods()

@@ -1,0 +1,96 @@
+"""`cgo bench`."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cgo.bench import Record, measure
+from cgo.bench.families import FAMILIES
+from cgo.machine import devices
+from cgo.platforms.local import trial_environment
+
+_STARTED = "CGO_BENCH_STARTED"
+
+
+def bench(
+    family: Annotated[
+        list[str] | None,
+        typer.Option(help=f"one of {', '.join(FAMILIES)}; may be repeated; all if left out"),
+    ] = None,
+    models: Annotated[int, typer.Option(help="number of models")] = 32,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="write the records to this file")
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="may be repeated; all but the compiled if left out")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="interleaved rounds, at least 7")] = 9,
+    threads: Annotated[int, typer.Option(help="threads of the process")] = 1,
+) -> None:
+    """Measure a training step of many models: merged, and every way of doing without."""
+    _restart(threads)
+    torch.set_num_threads(threads)
+    console = Console()
+    found: list[Record] = []
+    for name in family or FAMILIES:
+
+        def skipped(method: str, reason: str, name: str = name) -> None:
+            console.print(f"{name}: no {method}: {reason}", highlight=False, soft_wrap=True)
+
+        records = measure(name, models, methods=method, rounds=rounds, skipped=skipped)
+        console.print(_table(records))
+        found += records
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(_document(found), indent=2) + "\n")
+
+
+def _restart(threads: int) -> None:
+    """Run under the settings that a trial gets; they act only from the start of a process."""
+    if os.environ.get(_STARTED) == str(threads):
+        return
+    extra = {_STARTED: str(threads), "OMP_NUM_THREADS": str(threads)}
+    environment = trial_environment([], extra)
+    os.execve(sys.executable, [sys.executable, "-m", "cgo", *sys.argv[1:]], environment)
+
+
+def _document(records: Sequence[Record]) -> dict[str, Any]:
+    device = devices()[0]
+    return {
+        "benchmark": "bench",
+        "records": [record.as_json() for record in records],
+        "date": datetime.date.today().isoformat(),
+        "device": device.name,
+        "cores": psutil.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _table(records: Sequence[Record]) -> Table:
+    table = Table("method", "ms a step", "against serial", "95% interval", "set-up",
+                  title=f"{records[0].family}, {records[0].models} models")  # fmt: skip
+    for record in sorted(records, key=lambda record: -record.ratio):
+        table.add_row(
+            record.method,
+            f"{record.median_s * 1e3:.2f}",
+            f"{record.ratio:.2f}x",
+            f"{record.low:.2f} - {record.high:.2f}",
+            f"{record.setup_s:.1f} s",
+        )
+    return table

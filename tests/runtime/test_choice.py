@@ -1,0 +1,90 @@
+"""Which models run as one program, and which groups as loops."""
+
+import math
+
+import torch
+from support.merged import Case, Merged, assert_equal_float64
+
+import cgo
+from cgo.graph import Graph, restrict, verify
+from cgo.planner import Planner
+from cgo.runtime import lanes
+from cgo.runtime.choice import LOOP, Rules, rules_for
+from cgo.runtime.emitter import runs
+
+TRAINING = {"precision": "float64", "epochs": 2}
+
+
+def cases(*families):
+    return [Case(f"m{seed}", family, seed=seed, training=TRAINING)
+            for seed, family in enumerate(families)]  # fmt: skip
+
+
+def planned(given, folder):
+    return Planner().plan([case.model() for case in given], folder).graph_data.graph
+
+
+def names(graph: Graph) -> set[str]:
+    return {node.group for node in graph.nodes if node.group}
+
+
+def choose(graph, **rules):
+    models = sorted({output.model for output in graph.outputs})
+    return Rules(**rules)(graph, models)
+
+
+def test_without_limits_all_models_are_one_program(tmp_path):
+    graph = planned(cases("mlp", "cnn", "mlp"), tmp_path)
+    choice = choose(graph)
+    assert choice.programs == (("m0", "m1", "m2"),)
+    assert choice.graph == graph
+
+
+def test_small_programs_hold_models_that_are_alike(tmp_path):
+    graph = planned(cases("mlp", "cnn", "mlp", "cnn"), tmp_path)
+    mlp = sum(
+        4 * t.shape[0] * (t.shape[1] if len(t.shape) > 1 else 1)
+        for n in restrict(graph, models=["m0"], program="train/32").nodes
+        if not n.op.startswith("cgo.")
+        for t in n.types
+    )
+    choice = choose(graph, most_program_bytes=100 * mlp)
+    assert sorted(choice.programs) in ([("m0", "m2"), ("m1",), ("m3",)],
+                                       [("m0", "m2"), ("m1", "m3")])  # fmt: skip
+    alone = choose(graph, most_program_bytes=0)
+    assert sorted(alone.programs) == [("m0",), ("m1",), ("m2",), ("m3",)]
+    verify(alone.graph)
+    owners = [{min(n.owners) for n in part} for part in runs(alone.graph.nodes) if part[0].group]
+    assert all(len(found) == 1 for found in owners)
+
+
+def test_models_on_one_stem_stay_together(tmp_path):
+
+    data = cgo.DataSpec("cgo.zoo:digits", batch_size=32)
+    models = [cgo.Model("cgo.zoo:stemmed", {"width": width}, data=data,
+                        training=cgo.TrainingSpec(epochs=1), model_id=f"m{width}")
+              for width in (8, 16)]  # fmt: skip
+    graph = Planner().plan(models, tmp_path).graph_data.graph
+    assert choose(graph, most_program_bytes=0).programs == (("m16", "m8"),)
+
+
+def test_groups_of_large_members_are_loops(tmp_path):
+    graph = planned(cases("cnn", "cnn"), tmp_path)
+    assert all(name.endswith(LOOP) for name in names(choose(graph, most_lane_bytes=0).graph))
+    some = {name.endswith(LOOP) for name in names(choose(graph, most_lane_bytes=4000).graph)}
+    assert some == {True, False}
+
+
+def test_every_choice_trains_as_alone(tmp_path, monkeypatch):
+    given = cases("cnn", "cnn", "mlp", "residual", "cells", "cells")
+    alone = {case.id: case.alone() for case in given}
+    for number, rules in enumerate((Rules(), Rules(0), Rules(math.inf, 0), Rules(5000, 400_000))):
+        monkeypatch.setattr(lanes, "rules_for", lambda device, rules=rules: rules)
+        merged = Merged(given, tmp_path / str(number))
+        for case in given:
+            assert_equal_float64(merged, case, alone[case.id])
+
+
+def test_devices_have_their_rules():
+    assert rules_for(torch.device("cpu")).most_lane_bytes < math.inf
+    assert rules_for(torch.device("cuda")) == Rules()

@@ -1,0 +1,46 @@
+"""How packed values lie in memory, and the copies between layouts."""
+
+import pytest
+import torch
+
+from cgo.runtime.layouts import channels_last, stack, to_channels, to_stacked, unstack
+
+SHAPES = pytest.mark.parametrize("shape", [(2, 6), (2, 6, 5), (2, 6, 4, 5), (2, 6, 2, 3, 4)])
+
+
+def is_last(value):
+    return value.is_contiguous(memory_format=torch.channels_last)
+
+
+@SHAPES
+@pytest.mark.parametrize("last", [False, True])
+def test_layouts_hold_the_same_values(shape, last):
+    lanes = [torch.randn(shape) for _ in range(3)]
+    if last:
+        lanes = list(map(channels_last, lanes))
+    stacked = stack(lanes)
+    assert torch.equal(stacked, torch.stack(lanes))
+    channels = to_channels(stacked, 3)
+    assert torch.equal(channels, torch.cat(lanes, 1))
+    assert torch.equal(to_stacked(channels, 3), stacked)
+    assert all(torch.equal(a, b) for a, b in zip(unstack(stacked), lanes, strict=True))
+
+
+def test_images_keep_channels_last_through_every_copy_and_its_backward():
+    lanes = [channels_last(torch.randn(2, 4, 3, 3)).requires_grad_() for _ in range(3)]
+    stacked = stack(lanes)
+    channels = to_channels(stacked, 3)
+    assert is_last(channels)
+    back = to_stacked(channels, 3)
+    out = unstack(back)
+    assert all(is_last(lane) for lane in out)
+    heard = []
+    stacked.register_hook(lambda gradient: heard.append(gradient))
+    torch.autograd.backward(out, [channels_last(torch.randn(2, 4, 3, 3)) for _ in out])
+    assert is_last(heard[0].flatten(0, 1))
+    assert all(is_last(lane.grad) for lane in lanes)
+
+
+def test_what_is_no_image_is_left_as_it_is():
+    value = torch.randn(3, 4, 5)
+    assert channels_last(value) is value

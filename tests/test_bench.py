@@ -1,0 +1,97 @@
+"""`cgo bench`: every family can be trained by our method; records, refusals, plug-ins."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+
+from cgo.bench import measure, methods, ratio
+from cgo.bench.families import FAMILIES
+from cgo.bench.methods import NotApplicable
+from cgo.errors import SpecError
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_captured_and_trained(family):
+    models = FAMILIES[family](4)
+    assert len({model.model_id for model in models}) == 4
+    steps = methods.merged(models)
+    steps(1)
+
+
+def test_a_record_for_every_method_that_applies():
+    heard = {}
+    found = measure("mlp", 2, methods=["cgo", "vmap", "serial-fused"], rounds=7,
+                    skipped=heard.__setitem__)  # fmt: skip
+    assert [record.method for record in found] == ["serial", "cgo", "vmap", "serial-fused"]
+    assert heard == {}
+    for record in found:
+        assert record.low <= record.ratio <= record.high
+        assert math.isfinite(record.median_s)
+        assert record.as_json()["family"] == "mlp"
+    assert found[0].ratio == 1
+
+
+def test_different_architectures_have_no_vmap():
+    with pytest.raises(NotApplicable, match="one architecture"):
+        methods.stacked(FAMILIES["cells-different-8"](2))
+
+
+def test_vmap_trains_what_the_serial_loop_trains():
+    models = FAMILIES["mlp"](2)
+    solo = [methods._Solo(model, methods._batches(models)[model.data.digest]) for model in models]
+    methods._loop(solo)(3)
+    found = []
+    original = methods._Momentum
+
+    class Seen(original):
+        def __init__(self, parameters, given):
+            super().__init__(parameters, given)
+            found.append(self)
+
+    methods._Momentum = Seen
+    try:
+        methods.stacked(models)(3)
+    finally:
+        methods._Momentum = original
+    for lane, one in enumerate(solo):
+        for stacked, own in zip(found[0].parameters, one.net.parameters()):
+            assert (stacked[lane] - own).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"family": "none", "count": 1}, "family: 'none' is none of mlp"),
+        ({"family": "mlp", "count": 0}, "models: 0"),
+        ({"family": "mlp", "count": 1, "rounds": 3}, "at least 7"),
+        ({"family": "mlp", "count": 1, "methods": ["magic"]}, "method: 'magic' is none of serial"),
+    ],
+)
+def test_bad_requests_name_the_way_out(given, message):
+    with pytest.raises(SpecError, match=message):
+        measure(**given)
+
+
+def test_ratios_are_medians_of_rounds():
+    middle, low, high = ratio([2.0, 4.0, 6.0], [1.0, 2.0, 2.0])
+    assert middle == 2.0
+    assert low <= middle <= high
+
+
+def test_the_command_writes_records(tmp_path):
+    path = tmp_path / "out" / "bench.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "cgo", "bench", "--family", "mlp", "--models", "2",
+         "--method", "cgo", "--rounds", "7", "--json", str(path)],
+        cwd=tmp_path, env={**os.environ, "COLUMNS": "150"}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "against serial" in done.stdout
+    document = json.loads(path.read_text())
+    assert [record["method"] for record in document["records"]] == ["serial", "cgo"]
+    assert document["threads"] == 1
