@@ -12,6 +12,8 @@ from cgo.graph import Graph, restrict
 from cgo.passes.batch_operators import BatchOperators, operators
 from cgo.passes.ungrouped import ungrouped
 from cgo.passes.unmerged import Family
+from cgo.runtime.choice import rules_for
+from cgo.runtime.emitter import operator_of
 from cgo.runtime.lower import Decision, lower
 from cgo.runtime.packing import plan_packs
 
@@ -55,7 +57,10 @@ def fusion_report(graph: Graph, options: BatchOperators) -> FusionReport:
         graph: A planned graph.
         options: The pass that grouped it.
     """
-    packs = plan_packs(graph)
+    device = torch.device("cpu")
+    models = sorted({output.model for output in graph.outputs})
+    choice = rules_for(device)(graph, models)
+    packs = plan_packs(choice.graph)
     nodes = 0
     decisions: list[Decision] = []
     alone: list[Family] = []
@@ -63,7 +68,11 @@ def fusion_report(graph: Graph, options: BatchOperators) -> FusionReport:
         part = restrict(graph, program=program)
         nodes += len(operators(part))
         alone += ungrouped(part, options)
-        decisions += lower(graph, program, torch.device("cpu"), packs).decisions
+        for ids in choice.programs:
+            own = restrict(choice.graph, models=set(ids))
+            if any(output.program == program for output in own.outputs):
+                decisions += lower(own, program, device, packs).decisions
+        decisions += _left_over(part, choice.graph)
     fused = [decision for decision in decisions if decision.form is not None]
     return FusionReport(
         nodes,
@@ -73,6 +82,16 @@ def fusion_report(graph: Graph, options: BatchOperators) -> FusionReport:
         _loops(decisions),
         tuple(_by_nodes(alone)),
     )
+
+
+def _left_over(part: Graph, chosen: Graph) -> list[Decision]:
+    """Members of groups that no other model of their program has a node in."""
+    now = {node.name: node.group for node in chosen.nodes}
+    return [
+        Decision(operator_of(node), 1, None, "no other model of its program does this", node.name)
+        for node in part.nodes
+        if node.group is not None and now[node.name] is None
+    ]
 
 
 def _largest(graph: Graph) -> list[str]:

@@ -95,7 +95,7 @@ def rules_for(device: torch.device) -> Rules:
 
 def _sharing(graph: Graph, models: Sequence[ModelId]) -> list[list[ModelId]]:
     """Models that share work worth sharing: not views and counters, which cost nothing."""
-    ties = networkx.Graph()
+    ties: networkx.Graph[ModelId] = networkx.Graph()
     ties.add_nodes_from(models)
     for node in graph.nodes:
         if len(node.owners) > 1 and _costly(node):

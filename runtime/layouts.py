@@ -8,6 +8,7 @@ whole block, and taking lanes out or bringing them together moves blocks, forwar
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ def channels_last(value: Tensor) -> Tensor:
     return value.contiguous(memory_format=torch.channels_last)
 
 
-def stack(lanes: Sequence[Tensor]) -> Tensor:
+def stack(lanes: list[Tensor]) -> Tensor:
     """M times (...) to (M, ...)."""
     if lanes[0].ndim != IMAGES:
         return torch.stack(lanes, 0)
@@ -41,22 +42,50 @@ def unstack(value: Tensor) -> Sequence[Tensor]:
 
 def to_channels(value: Tensor, size: int) -> Tensor:
     """(M, N, C, ...) to (N, M*C, ...)."""
-    if value.ndim != IMAGES + 1 or not _channels_last(value):
-        return value.transpose(0, 1).flatten(1, 2)
-    return value.permute(1, 3, 4, 0, 2).flatten(3, 4).permute(0, 3, 1, 2)
+    result: Tensor = _ToChannels.apply(value, size)
+    return result
 
 
 def to_stacked(value: Tensor, size: int) -> Tensor:
     """(N, M*C, ...) to (M, N, C, ...), each lane a block."""
+    result: Tensor = _ToStacked.apply(value, size)
+    return result
+
+
+class _ToChannels(torch.autograd.Function):
+    """With a backward that gives blocks, too; autograd's own would give strided views."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, size: int) -> Tensor:
+        ctx.size = size
+        return _to_channels(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _to_stacked(gradient, ctx.size), None
+
+
+class _ToStacked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, size: int) -> Tensor:
+        return _to_stacked(value, size)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _to_channels(gradient), None
+
+
+def _to_channels(value: Tensor) -> Tensor:
+    if value.ndim != IMAGES + 1 or not _channels_last(value):
+        return value.transpose(0, 1).flatten(1, 2).contiguous()
+    return value.permute(1, 3, 4, 0, 2).flatten(3, 4).permute(0, 3, 1, 2)
+
+
+def _to_stacked(value: Tensor, size: int) -> Tensor:
     if value.ndim != IMAGES or not value.is_contiguous(memory_format=torch.channels_last):
         return value.unflatten(1, (size, -1)).transpose(0, 1).contiguous()
     lanes = value.permute(0, 2, 3, 1).unflatten(3, (size, -1)).permute(3, 0, 1, 2, 4)
     return lanes.contiguous().permute(0, 1, 4, 2, 3)
-
-
-def folded(value: Tensor) -> Tensor:
-    """(M, N, ...) to (M*N, ...)."""
-    return value.flatten(0, 1)
 
 
 def _channels_last(value: Tensor) -> bool:

@@ -125,7 +125,7 @@ def _last(x: Tensor) -> Tensor:
 
 
 def _last_module(net: nn.Module) -> nn.Module:
-    return net.to(memory_format=torch.channels_last)
+    return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 def compiled(models: list[Model]) -> Steps:
