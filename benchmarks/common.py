@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -13,13 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import psutil
 import torch
 
-from cgo import trial
+from cgo import bench, trial
 from cgo.graph_data import GraphData
-from cgo.machine import devices
 from cgo.model import Model, loss_function, optimizer_class
 from cgo.planner import Planner
 from cgo.platforms.local import MALLOC
@@ -114,27 +109,12 @@ def plain_loops(models: Sequence[Model]) -> list[PlainLoop]:
 
 def summary(ratios: Sequence[float]) -> dict[str, float]:
     """Median of ratios and its 95% bootstrap interval."""
-    values = np.asarray(ratios)
-    draws = np.random.default_rng(0).choice(values, (2000, len(values)))
-    low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
-    return {"ratio": float(np.median(values)), "low": float(low), "high": float(high)}
+    return dict(zip(("ratio", "low", "high"), bench.summary(ratios)))
 
 
 def write(name: str, figures: dict[str, Any]) -> None:
     """Print a record and write it to `benchmarks/results/<name>.json`."""
-    device = devices()[0]
-    record = {
-        "benchmark": name,
-        **figures,
-        "date": datetime.date.today().isoformat(),
-        "device": device.name,
-        "cores": psutil.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    text = json.dumps(record, indent=2)
+    text = json.dumps({"benchmark": name, **figures, **bench.environment()}, indent=2)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(text + "\n")
     print(text)

@@ -11,20 +11,15 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import common
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cgo
-from cgo.graph_data import GraphData
-from cgo.runtime.data import open_data
-from cgo.runtime.member import Member
-from cgo.runtime.training import Cohort
+from cgo.bench import methods
+from cgo.bench.families import BATCHES
+from cgo.bench.methods import Steps
 from cgo.zoo import random_cells
 
 _STEPS = 10
@@ -53,17 +48,12 @@ def main() -> None:
     options = parser.parse_args()
     common.tuned_process()
     models = candidates(options.models, options.size, options.width)
-    data = common.plan(models)
-    folder = Path(tempfile.mkdtemp(prefix="cgo-benchmark-"))
-    members = [
-        Member(e, data, torch.device("cpu"), folder, lambda event: None) for e in data.models
-    ]
-    merged, serial = merged_steps(data, members), serial_steps(models)
-    merged(), serial()
+    merged, serial = methods.merged(models), methods.serial(models)
+    merged(_STEPS), serial(_STEPS)
     ours, plain = [], []
     for _ in range(options.rounds):
-        ours.append(common.seconds(merged) / _STEPS)
-        plain.append(common.seconds(serial) / _STEPS)
+        ours.append(common.seconds(lambda: merged(_STEPS)) / _STEPS)
+        plain.append(common.seconds(lambda: serial(_STEPS)) / _STEPS)
     common.write(
         "fusion",
         {
@@ -72,8 +62,8 @@ def main() -> None:
             "width": options.width,
             "serial_step_ms": statistics.median(plain) * 1e3,
             "merged_step_ms": statistics.median(ours) * 1e3,
-            "serial_kernels": kernels(serial) // _STEPS,
-            "merged_kernels": kernels(merged) // _STEPS,
+            "serial_kernels": kernels(serial),
+            "merged_kernels": kernels(merged),
             **common.summary([b / a for a, b in zip(ours, plain)]),
         },
     )
@@ -81,7 +71,7 @@ def main() -> None:
 
 def candidates(count: int, size: int, width: int) -> list[cgo.Model]:
     """Networks whose cells all differ, each with its own learning rate."""
-    images = {"samples": 32 * _STEPS, "validation": 32, "size": size}
+    images = {"samples": 32 * BATCHES, "validation": 32, "size": size}
     data = cgo.DataSpec("workloads:images", images, batch_size=32)
     return [
         cgo.Model(
@@ -97,42 +87,11 @@ def candidates(count: int, size: int, width: int) -> list[cgo.Model]:
     ]
 
 
-def merged_steps(data: GraphData, members: list[Member]) -> Callable[[], None]:
-    """Ten training steps of all models in the merged runtime."""
-    (key,) = data.data
-    cohort = Cohort(data, key, members, {}, torch.device("cpu"), None)
-    batches = list(cohort._open().train(0))
-
-    def steps() -> None:
-        for size, leaves in batches:
-            outcomes = cohort.merged.train([m.id for m in members], leaves, size)
-            assert not any(isinstance(outcome, Exception) for outcome in outcomes.values())
-            assert not cohort.merged.update(list(outcomes))
-
-    return steps
-
-
-def serial_steps(models: list[cgo.Model]) -> Callable[[], None]:
-    """Ten training steps of each model in turn."""
-    loops = common.plain_loops(models)
-    inputs, targets = open_data(models[0].data).train.tensors
-    batches = [(inputs[i : i + 32], targets[i : i + 32]) for i in range(0, 32 * _STEPS, 32)]
-
-    def steps() -> None:
-        for loop in loops:
-            for x, y in batches:
-                loop.optimizer.zero_grad()
-                loop.loss(loop.net(x), y).backward()
-                loop.optimizer.step()
-
-    return steps
-
-
-def kernels(steps: Callable[[], None]) -> int:
-    """Operators that the steps call."""
+def kernels(steps: Steps) -> int:
+    """Operators that one step calls."""
     with Kernels() as counter:
-        steps()
-    return counter.count
+        steps(_STEPS)
+    return counter.count // _STEPS
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ are interleaved; ratios are of the plain serial loop's time to the method's, rou
 
 from __future__ import annotations
 
+import datetime
+import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,10 +16,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import psutil
+import torch
 
 from cgo.bench.families import FAMILIES
 from cgo.bench.methods import SERIAL, NotApplicable, Steps, all_methods
 from cgo.errors import SpecError
+from cgo.machine import devices
 from cgo.model import Model
 
 #: A round takes as many steps as make up this time in the serial loop.
@@ -119,7 +124,24 @@ def _rounds(prepared: dict[str, Steps], rounds: int) -> dict[str, list[float]]:
 
 def ratio(serial: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
     """The median of the ratios serial / other, and its 95% bootstrap interval."""
-    values = np.asarray(serial) / np.asarray(other)
-    draws = np.random.default_rng(0).choice(values, (2000, len(values)))
+    return summary([a / b for a, b in zip(serial, other, strict=True)])
+
+
+def summary(values: Sequence[float]) -> tuple[float, float, float]:
+    """The median, and its 95% bootstrap interval."""
+    draws = np.random.default_rng(0).choice(np.asarray(values), (2000, len(values)))
     low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
     return float(np.median(values)), float(low), float(high)
+
+
+def environment() -> dict[str, Any]:
+    """When, on which machine and under which versions a record was made."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": devices()[0].name,
+        "cores": psutil.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }

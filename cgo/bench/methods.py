@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from multiprocessing.connection import Connection
@@ -28,6 +28,7 @@ from cgo.model import Model, loss_function, optimizer_class
 from cgo.planner import Planner
 from cgo.runtime.data import Loader, open_data
 from cgo.runtime.lanes import MergedLanes
+from cgo.runtime.layouts import channels_last
 from cgo.runtime.member import Member
 from cgo.runtime.state import build_module
 
@@ -115,13 +116,9 @@ def serial(models: list[Model], *, images_last: bool = False, **optimizer: Any) 
     """Each model in turn; `optimizer` are further arguments, such as `fused=True`."""
     batches = _batches(models)
     if images_last:
-        batches = {key: [(_last(x), y) for x, y in found] for key, found in batches.items()}
+        batches = {key: [(channels_last(x), y) for x, y in found] for key, found in batches.items()}
     change = _last_module if images_last else lambda net: net
     return _loop([_Solo(m, batches[m.data.digest], change, **optimizer) for m in models])
-
-
-def _last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
 def _last_module(net: nn.Module) -> nn.Module:
@@ -248,7 +245,8 @@ def _serve(pipe: Connection, share: list[tuple[Any, ...]]) -> None:
 
 def merged(models: list[Model]) -> Steps:
     """The merged trial's step, as a trial takes it."""
-    folder = Path(tempfile.mkdtemp(prefix="cgo-bench-"))
+    temporary = tempfile.TemporaryDirectory(prefix="cgo-bench-")
+    folder = Path(temporary.name)
     planned = Planner().plan(models, folder)
     data = planned.graph_data
     if data is None or planned.report.opaque:
@@ -270,6 +268,7 @@ def merged(models: list[Model]) -> Steps:
                 for failure in lanes.update(ids).values():
                     raise failure
 
+    weakref.finalize(steps, temporary.cleanup)
     return steps
 
 
@@ -284,8 +283,3 @@ _METHODS = {
     "processes": Method(processes),
     "cgo": Method(merged),
 }
-
-
-def names() -> Iterator[str]:
-    """The names of all methods."""
-    yield from all_methods()

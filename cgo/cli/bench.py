@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
-import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import psutil
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from cgo.bench import Record, measure
+from cgo.bench import Record, environment, measure
 from cgo.bench.families import FAMILIES
-from cgo.machine import devices
 from cgo.platforms.local import trial_environment
 
 _STARTED = "CGO_BENCH_STARTED"
@@ -55,7 +51,9 @@ def bench(
         found += records
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(_document(found), indent=2) + "\n")
+        rows = [record.as_json() for record in found]
+        document = {"benchmark": "bench", "records": rows, **environment()}
+        json_file.write_text(json.dumps(document, indent=2) + "\n")
 
 
 def _restart(threads: int) -> None:
@@ -65,21 +63,6 @@ def _restart(threads: int) -> None:
     extra = {_STARTED: str(threads), "OMP_NUM_THREADS": str(threads)}
     environment = trial_environment([], extra)
     os.execve(sys.executable, [sys.executable, "-m", "cgo", *sys.argv[1:]], environment)
-
-
-def _document(records: Sequence[Record]) -> dict[str, Any]:
-    device = devices()[0]
-    return {
-        "benchmark": "bench",
-        "records": [record.as_json() for record in records],
-        "date": datetime.date.today().isoformat(),
-        "device": device.name,
-        "cores": psutil.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
 
 
 def _table(records: Sequence[Record]) -> Table:

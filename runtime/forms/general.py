@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from cgo.graph import TensorType
 from cgo.operators import aten
-from cgo.runtime.emitter import STACKED, Column, Emitter, Group, Packed
+from cgo.runtime.emitter import STACKED, Column, Emitter, Group, Packed, item
 
 _Traced = Callable[..., Sequence[Tensor]]
 _traced: dict[object, _Traced | str] = {}
@@ -43,12 +43,8 @@ def vectorise(emitter: Emitter, group: Group) -> tuple[list[Packed] | None, str]
     ]
     several = emitter.call(found, *values)
     return [
-        Packed(emitter.call(_item, several, index), STACKED) for index in range(len(group.types))
+        Packed(emitter.call(item, several, index), STACKED) for index in range(len(group.types))
     ], ""
-
-
-def _item(values: Sequence[Tensor], index: int) -> Tensor:
-    return values[index]
 
 
 def _key(emitter: Emitter, group: Group) -> object:

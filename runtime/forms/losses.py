@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,35 +18,25 @@ _NONE, _MEAN, _SUM = 0, 1, 2
 @form("folded cross entropy", "cross_entropy_loss", layouts="stacked")
 def cross_entropy(emitter: Emitter, group: Group) -> Sequence[Packed] | None:
     """One cross entropy over M*N samples, reduced per member."""
-    given = group.arguments
-    x, target = given["self"], given["target"]
-    if given["weight"] is not None or x.ndim < 2:
-        return None
-    value = emitter.call(
-        cross_entropy_of,
-        emitter.stacked(x),
-        emitter.stacked(target),
-        given["reduction"],
-        given["ignore_index"],
-        given["label_smoothing"],
-    )
-    return [Packed(value, STACKED)]
+    return _folded(emitter, group, cross_entropy_of, "ignore_index", "label_smoothing")
 
 
 @form("folded negative log likelihood", "nll_loss_nd nll_loss nll_loss2d", layouts="stacked")
 def nll(emitter: Emitter, group: Group) -> Sequence[Packed] | None:
     """One negative log likelihood over M*N samples, reduced per member."""
+    return _folded(emitter, group, nll_of, "ignore_index")
+
+
+def _folded(
+    emitter: Emitter, group: Group, function: Callable[..., Tensor], *literals: str
+) -> list[Packed] | None:
+    """A loss over classes without weights, of batches."""
     given = group.arguments
     x, target = given["self"], given["target"]
     if given["weight"] is not None or x.ndim < 2:
         return None
-    value = emitter.call(
-        nll_of,
-        emitter.stacked(x),
-        emitter.stacked(target),
-        given["reduction"],
-        given["ignore_index"],
-    )
+    values = [given[name] for name in ("reduction", *literals)]
+    value = emitter.call(function, emitter.stacked(x), emitter.stacked(target), *values)
     return [Packed(value, STACKED)]
 
 

@@ -3,17 +3,9 @@
 import pytest
 import torch
 from support import nets
+from support.families import FAMILIES
 from support.merged import Case, Merged, assert_equal_float64, assert_first_step_float32
 
-FAMILIES = {
-    "mlp": {"width": 16},
-    "cnn": {"width": 4},
-    "residual": {"width": 4, "blocks": 2},
-    "cells": {"edges": "conv3 skip conv1 pool none conv3"},
-    "encoder": {"d": 8},
-    "lstm": {"hidden": 12},
-    "tied": {"width": 16},
-}
 OPTIMIZERS = {
     "sgd": {"optimizer": "SGD", "optimizer_kwargs": {"lr": 0.05, "momentum": 0.9}},
     "adam": {"optimizer": "Adam", "optimizer_kwargs": {"lr": 0.003}},

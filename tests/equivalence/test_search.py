@@ -5,16 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support import families
 from support.merged import Case, Merged, assert_equal_float64, relative
 
-FAMILIES = {
-    "mlp": {"width": 16},
-    "cnn": {"width": 4},
-    "residual": {"width": 4, "blocks": 2},
-    "cells": {"edges": "conv3 skip conv1 pool none conv3"},
-    "encoder": {"d": 8},
-    "lstm": {"hidden": 12},
-}
+FAMILIES = {name: kwargs for name, kwargs in families.FAMILIES.items() if name != "tied"}
 #: An eps above rounding errors: what has a true gradient of zero must not walk on these.
 OPTIMIZERS = (
     {"optimizer": "SGD", "optimizer_kwargs": {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3}},
