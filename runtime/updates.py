@@ -2,17 +2,18 @@
 
 The parameters of all models with one kind of optimizer lie end to end in one flat tensor, lane by
 lane in the order of the packed leaves, which are views of it; so do the optimizer's moments. A step
-is then a dozen operators, whatever the number of models and of parameters. Where a hyper-parameter
-differs between models, it becomes a vector with an element a parameter element.
+is then one of torch's fused kernels for each set of models whose hyper-parameters agree (on a CPU),
+or a dozen operators over everything; there, a hyper-parameter that differs between models becomes a
+vector with an element a parameter element.
 
-The formulas are those of `torch.optim` (its single-tensor functions), operation by operation. Each
-model's own optimizer stays the owner: hyper-parameters are read from its `param_groups`, so that
+The formulas are those of `torch.optim`, operation by operation (`cgo.runtime.steps`). Each model's
+own optimizer stays the owner: hyper-parameters are read from its `param_groups`, so that
 schedulers work unchanged, and its `state` holds views of the flat moments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,8 @@ from torch import Tensor
 from cgo.graph import ModelId
 from cgo.runtime.optimizers import Updater
 from cgo.runtime.packing import rehome
+from cgo.runtime.steps import Kind, Number, Part, kind_rule
 
-Number = float | Tensor  # one for all models, or a vector with an element a parameter element
 Leaf = tuple[Tensor, list[Tensor]]  # a packed leaf, and its lanes as the models' own parameters
 
 
@@ -39,7 +40,8 @@ class Updates:
         """
         self._updaters = dict(updaters)
         self._learning = list(learning)
-        self._rules = {model: _rule(updater) for model, updater in self._updaters.items()}
+        self._rules = {model: kind_rule(updater) for model, updater in self._updaters.items()}
+        self._hyper = self._hyper_parameters()
         self._plan = self._kinds()
         self._flats = self._arrange()
 
@@ -53,7 +55,9 @@ class Updates:
         Args:
             without: Models that stay as they are.
         """
-        kinds = self._kinds()
+        kinds, hyper = self._plan, self._hyper_parameters()
+        if hyper != self._hyper:
+            self._hyper, kinds = hyper, self._kinds()
         if kinds != self._plan or self._having_gradients() != self._arranged:
             self.sync()  # a scheduler changed what has to be computed, or a program what learns
             self._plan = kinds
@@ -72,22 +76,26 @@ class Updates:
         for flat in self._flats:
             flat.sync()
 
-    def _kinds(self) -> dict[ModelId, _Kind | None]:
+    def _kinds(self) -> dict[ModelId, Kind | None]:
         return {
             model: None if rule is None else rule(self._updaters[model].optimizer.param_groups[0])
             for model, rule in self._rules.items()
         }
 
+    def _hyper_parameters(self) -> list[list[Any]]:
+        groups = [updater.optimizer.param_groups[0] for updater in self._updaters.values()]
+        return [[value for key, value in group.items() if key != "params"] for group in groups]
+
     def _having_gradients(self) -> list[bool]:
         return [leaf.grad is not None for leaf in self._leaves]
 
-    def _arrange(self) -> list[_Flat]:
+    def _arrange(self) -> list[Flat]:
         owner = {
             id(parameter): model
             for model, updater in self._updaters.items()
             for parameter in updater.parameters
         }
-        pieces: dict[_Kind, list[_Piece]] = {}
+        pieces: dict[Kind, list[Piece]] = {}
         packed: set[int] = set()
         self._leaves = [leaf for leaf, _ in self._learning]
         for leaf, own in self._learning:
@@ -97,12 +105,12 @@ class Updates:
             models = [owner[id(parameter)] for parameter in own]
             kinds = [self._plan[model] for model in models]
             if kinds[0] is not None and len(set(kinds)) == 1:
-                pieces.setdefault(kinds[0], []).append(_Piece(leaf, None, own, models))
+                pieces.setdefault(kinds[0], []).append(Piece(leaf, None, own, models))
                 continue
             for lane, kind in enumerate(kinds):
                 if kind is not None:
                     lanes, names = own[lane : lane + 1], models[lane : lane + 1]
-                    pieces.setdefault(kind, []).append(_Piece(leaf, lane, lanes, names))
+                    pieces.setdefault(kind, []).append(Piece(leaf, lane, lanes, names))
         for model, updater in self._updaters.items():
             kind = self._plan[model]
             for parameter in updater.parameters if kind is not None else ():
@@ -110,25 +118,14 @@ class Updates:
                     continue
                 self._leaves.append(parameter)
                 if kind is not None and parameter.grad is not None:
-                    alone = _Piece(parameter, None, [parameter], [model])
+                    alone = Piece(parameter, None, [parameter], [model])
                     pieces.setdefault(kind, []).append(alone)
         self._arranged = self._having_gradients()
-        return [_Flat(kind, found, self._updaters) for kind, found in pieces.items()]
+        return [Flat(kind, found, self._updaters) for kind, found in pieces.items()]
 
 
 @dataclass(frozen=True)
-class _Kind:
-    """What decides which operators a step needs; models of one kind take it together."""
-
-    rule: Callable[[_Flat], None]
-    moments: tuple[str, ...]  # names in the optimizer's state, shaped as the parameter
-    steps: bool  # whether the optimizer counts steps
-    flags: tuple[bool, ...]
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class _Piece:
+class Piece:
     """A leaf, or one lane of a leaf whose other lanes are of other kinds."""
 
     leaf: Tensor
@@ -137,15 +134,17 @@ class _Piece:
     models: list[ModelId]
 
     def gradient(self) -> Tensor:
+        """This step's, a row for each lane."""
         assert self.leaf.grad is not None
-        return self.leaf.grad if self.lane is None else self.leaf.grad[self.lane]
+        gradient = self.leaf.grad if self.lane is None else self.leaf.grad[self.lane]
+        return gradient.reshape(len(self.own), -1)
 
 
-class _Flat:
+class Flat:
     """The parameters of one kind, end to end."""
 
     def __init__(
-        self, kind: _Kind, pieces: Sequence[_Piece], updaters: Mapping[ModelId, Updater]
+        self, kind: Kind, pieces: Sequence[Piece], updaters: Mapping[ModelId, Updater]
     ) -> None:
         self.kind, self.pieces = kind, list(pieces)
         self.models = list(dict.fromkeys(model for piece in pieces for model in piece.models))
@@ -159,12 +158,13 @@ class _Flat:
             self.values = torch.cat([parameter.reshape(-1) for parameter in parameters])
             self.moments = {name: self._moment(name) for name in kind.moments}
         self.steps = [self._steps_of(updater) for updater in self.updaters]
-        self.gradient = torch.empty_like(self.values)
+        self.gradient = self.values  # where the step needs it flat
         self.groups: list[dict[str, Any]] = []
         self._elements: Tensor | None = None  # of each element, its model's position
         self._vectors: dict[str, tuple[tuple[float, ...], Number]] = {}
         self._norms: Tensor | None = None
         self._copies = self._rehome()
+        self._parts: dict[int | None, Part] = {}  # by the model's position; None: of all models
 
     # --- arrangement ------------------------------------------------------------------------------
 
@@ -207,6 +207,7 @@ class _Flat:
         return copies
 
     def sync(self) -> None:
+        """Write the number of steps into the optimizers' own states."""
         if not self.kind.steps:
             return
         for index in range(len(self.parameters)):
@@ -218,17 +219,68 @@ class _Flat:
     # --- the step ---------------------------------------------------------------------------------
 
     def step(self, without: frozenset[ModelId]) -> None:
-        torch.cat([piece.gradient().reshape(-1) for piece in self.pieces], out=self.gradient)
+        """Clip and update all models but some."""
+        gradients = [piece.gradient() for piece in self.pieces]
         self.groups = [updater.optimizer.param_groups[0] for updater in self.updaters]
-        self._clip()
+        gradients = self._clipped(gradients)
         self.steps = [count + 1 for count in self.steps]
+        if self.kind.fused is not None and self.values.device.type == "cpu":
+            self._fused_step(gradients, without)
+        else:
+            self._flat_step(gradients, without)
+        if self._copies:
+            torch._foreach_copy_([lane for lane, _ in self._copies], [p for _, p in self._copies])
+
+    def _flat_step(self, gradients: Sequence[Tensor], without: frozenset[ModelId]) -> None:
+        self.gradient = torch.cat([rows.flatten() for rows in gradients])
         before = self.values.clone() if not without.isdisjoint(self.models) else None
         self.kind.rule(self)
         if before is not None:  # by selection: nothing times NaN is nothing
             stays = torch.tensor([m in without for m in self.models], device=self.values.device)
             torch.where(stays[self.elements], before, self.values, out=self.values)
-        if self._copies:
-            torch._foreach_copy_([lane for lane, _ in self._copies], [p for _, p in self._copies])
+
+    def _fused_step(self, gradients: Sequence[Tensor], without: frozenset[ModelId]) -> None:
+        assert self.kind.fused is not None
+        if without.isdisjoint(self.models) and self._agree():
+            self.kind.fused(self._part(None, [rows.flatten() for rows in gradients]))
+            return
+        lanes = [lane for rows in gradients for lane in rows.unbind(0)]
+        for position, model in enumerate(self.models):
+            if model not in without:
+                own = [lanes[index] for index in self._own(position)]
+                self.kind.fused(self._part(position, own))
+
+    def _agree(self) -> bool:
+        """Whether all models' hyper-parameters and counts of steps are equal."""
+        first, count = self.groups[0], self.steps[0]
+        keys = [key for key in first if key not in ("params", "initial_lr")]
+        return all(steps == count for steps in self.steps) and all(
+            group.get(key) == first[key] for group in self.groups[1:] for key in keys
+        )
+
+    def _own(self, position: int) -> list[int]:
+        """Which of the parameters are one model's."""
+        return [index for index, other in enumerate(self._positions) if other == position]
+
+    def _part(self, position: int | None, gradients: list[Tensor]) -> Part:
+        part = self._parts.get(position)
+        if part is None:
+            part = self._parts[position] = self._make_part(position)
+        part.gradients, part.group = gradients, self.groups[position or 0]
+        part.count.fill_(self.steps[position or 0])
+        return part
+
+    def _make_part(self, position: int | None) -> Part:
+        flats = [self.values, *(self.moments[name] for name in self.kind.moments)]
+        if position is None:
+            lengths = [sum(p.numel() for p in piece.own) for piece in self.pieces]
+            values, *moments = (list(flat.split(lengths)) for flat in flats)
+        else:
+            own = self._own(position)
+            split = [flat.split(self._lengths) for flat in flats]
+            values, *moments = ([parts[index] for index in own] for parts in split)
+        count = torch.zeros((), device=self.values.device)
+        return Part(values, moments, [], {}, self.kind.flags, count)
 
     @property
     def elements(self) -> Tensor:
@@ -257,17 +309,12 @@ class _Flat:
         """The first or second beta of each model."""
         return [float(group["betas"][which]) for group in self.groups]
 
-    def _clip(self) -> None:
+    def _clipped(self, gradients: list[Tensor]) -> list[Tensor]:
         """As `clip_grad_norm_` for each model: the norm of its gradients' norms."""
         limits = [updater.training.grad_clip_norm for updater in self.updaters]
         if all(limit is None for limit in limits):
-            return
-        norms, start = [], 0
-        for piece in self.pieces:
-            stop = start + sum(parameter.numel() for parameter in piece.own)
-            part = self.gradient[start:stop].view(len(piece.own), -1)
-            norms.append(torch.linalg.vector_norm(part, dim=1))
-            start = stop
+            return gradients
+        norms = [torch.linalg.vector_norm(rows, dim=1) for rows in gradients]
         if self._norms is None:
             self._norms = _table(self._positions, len(self.models)).to(self.values.device)
         padded = torch.cat([*norms, torch.zeros_like(norms[0][:1])])
@@ -276,7 +323,9 @@ class _Flat:
         most = torch.tensor([float("inf") if m is None else m for m in limits], **given)
         factor = torch.clamp(most / (total + 1e-6), max=1.0)
         clipped = torch.tensor([limit is not None for limit in limits], device=total.device)
-        self.gradient.mul_(torch.where(clipped, factor, 1.0)[self.elements])
+        factor = torch.where(clipped, factor, 1.0)[torch.tensor(self._positions)]
+        own = factor.split([len(rows) for rows in gradients])
+        return [rows * factors.unsqueeze(1) for rows, factors in zip(gradients, own)]
 
 
 def _table(positions: Sequence[int], models: int) -> Tensor:
@@ -286,158 +335,3 @@ def _table(positions: Sequence[int], models: int) -> Tensor:
         rows[position].append(index)
     width = max(map(len, rows))
     return torch.tensor([row + [len(positions)] * (width - len(row)) for row in rows])
-
-
-# --- which optimizers, and their formulas ---------------------------------------------------------
-
-
-def _rule(updater: Updater) -> Callable[[Mapping[str, Any]], _Kind | None] | None:
-    """What gives the kind of the model's step from its parameter group, or None where it is none.
-
-    The kind can change with the group; whether there is one at all cannot.
-    """
-    optimizer = updater.optimizer
-    found = _RULES.get(type(optimizer))
-    parameters = updater.parameters
-    if found is None or len(optimizer.param_groups) != 1 or not parameters:
-        return None
-    group = optimizer.param_groups[0]
-    dtype, device = parameters[0].dtype, parameters[0].device
-    if any(p.dtype is not dtype or p.device != device for p in parameters):
-        return None
-    if any(group.get(key) for key in ("maximize", "differentiable", "capturable")):
-        return None
-    if isinstance(group["lr"], Tensor) or not dtype.is_floating_point:
-        return None
-
-    def kind(group: Mapping[str, Any]) -> _Kind | None:
-        parts = found(group)
-        return None if parts is None else _Kind(*parts, dtype)
-
-    return kind
-
-
-_Found = tuple[Callable[[_Flat], None], tuple[str, ...], bool, tuple[bool, ...]]
-
-
-def _sgd_kind(group: Mapping[str, Any]) -> _Found | None:
-    if group["dampening"]:
-        return None
-    flags = (bool(group["weight_decay"]), bool(group["momentum"]), bool(group["nesterov"]))
-    return _sgd, ("momentum_buffer",) if flags[1] else (), False, flags
-
-
-def _adam_kind(group: Mapping[str, Any]) -> _Found | None:
-    decoupled = bool(group.get("decoupled_weight_decay"))
-    flags = (bool(group["weight_decay"]), decoupled, bool(group["amsgrad"]))
-    moments = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if flags[2] else ()))
-    return _adam, moments, True, flags
-
-
-def _adamw_kind(group: Mapping[str, Any]) -> _Found | None:
-    return _adam_kind({**group, "decoupled_weight_decay": True})
-
-
-def _rmsprop_kind(group: Mapping[str, Any]) -> _Found | None:
-    flags = (bool(group["weight_decay"]), bool(group["centered"]), bool(group["momentum"]))
-    moments = ["square_avg"] + ["grad_avg"] * flags[1] + ["momentum_buffer"] * flags[2]
-    return _rmsprop, tuple(moments), True, flags
-
-
-def _adagrad_kind(group: Mapping[str, Any]) -> _Found | None:
-    return _adagrad, ("sum",), True, (bool(group["weight_decay"]),)
-
-
-_RULES: dict[type, Callable[[Mapping[str, Any]], _Found | None]] = {
-    torch.optim.SGD: _sgd_kind,
-    torch.optim.Adam: _adam_kind,
-    torch.optim.AdamW: _adamw_kind,
-    torch.optim.RMSprop: _rmsprop_kind,
-    torch.optim.Adagrad: _adagrad_kind,
-}
-
-
-def _sgd(flat: _Flat) -> None:
-    decays, moves, nesterov = flat.kind.flags
-    update = flat.gradient
-    if decays:
-        _add(update, flat.values, flat.hyper("weight_decay"))
-    if moves:
-        momentum = flat.hyper("momentum")
-        buffer = flat.moments["momentum_buffer"].mul_(momentum).add_(update)
-        update = _add(update, buffer, momentum) if nesterov else buffer
-    _add(flat.values, update, flat.number("-lr", [-float(group["lr"]) for group in flat.groups]))
-
-
-def _adam(flat: _Flat) -> None:
-    decays, decoupled, amsgrad = flat.kind.flags
-    rates = [float(group["lr"]) for group in flat.groups]
-    if decays and decoupled:
-        decay = [float(group["weight_decay"]) for group in flat.groups]
-        flat.values.mul_(flat.number("1-lr*wd", [1 - r * d for r, d in zip(rates, decay)]))
-    elif decays:
-        _add(flat.gradient, flat.values, flat.hyper("weight_decay"))
-    first, second = flat.beta(0), flat.beta(1)
-    mean = flat.moments["exp_avg"]
-    mean.lerp_(flat.gradient, flat.number("1-beta1", [1 - beta for beta in first]))  # type: ignore[arg-type]
-    square = flat.moments["exp_avg_sq"].mul_(flat.number("beta2", second))
-    rest = flat.number("1-beta2", [1 - beta for beta in second])
-    _add_product(square, flat.gradient, flat.gradient, rest)
-    if amsgrad:
-        square = torch.maximum(
-            flat.moments["max_exp_avg_sq"], square, out=flat.moments["max_exp_avg_sq"]
-        )
-    root = [(1 - beta**count) ** 0.5 for beta, count in zip(second, flat.steps)]
-    size = [-r / (1 - beta**count) for r, beta, count in zip(rates, first, flat.steps)]
-    under = square.sqrt().div_(flat.number("root", root)).add_(flat.hyper("eps"))
-    _add_quotient(flat.values, mean, under, flat.number("size", size))
-
-
-def _rmsprop(flat: _Flat) -> None:
-    decays, centered, moves = flat.kind.flags
-    if decays:
-        _add(flat.gradient, flat.values, flat.hyper("weight_decay"))
-    rest = flat.number("1-alpha", [1 - float(group["alpha"]) for group in flat.groups])
-    square = flat.moments["square_avg"].mul_(flat.hyper("alpha"))
-    _add_product(square, flat.gradient, flat.gradient, rest)
-    if centered:
-        average = flat.moments["grad_avg"].lerp_(flat.gradient, rest)  # type: ignore[arg-type]
-        square = square.addcmul(average, average, value=-1)
-    under = square.sqrt().add_(flat.hyper("eps"))
-    rate = flat.number("-lr", [-float(group["lr"]) for group in flat.groups])
-    if moves:
-        buffer = flat.moments["momentum_buffer"].mul_(flat.hyper("momentum"))
-        _add(flat.values, buffer.addcdiv_(flat.gradient, under), rate)
-    else:
-        _add_quotient(flat.values, flat.gradient, under, rate)
-
-
-def _adagrad(flat: _Flat) -> None:
-    if flat.kind.flags[0]:
-        _add(flat.gradient, flat.values, flat.hyper("weight_decay"))
-    rates = [
-        -float(group["lr"]) / (1 + (count - 1) * float(group["lr_decay"]))
-        for group, count in zip(flat.groups, flat.steps)
-    ]
-    total = flat.moments["sum"].addcmul_(flat.gradient, flat.gradient)
-    under = total.sqrt().add_(flat.hyper("eps"))
-    _add_quotient(flat.values, flat.gradient, under, flat.number("rate", rates))
-
-
-def _add(x: Tensor, y: Tensor, factor: Number) -> Tensor:
-    """x += factor * y."""
-    return x.addcmul_(y, factor) if isinstance(factor, Tensor) else x.add_(y, alpha=factor)
-
-
-def _add_product(x: Tensor, a: Tensor, b: Tensor, factor: Number) -> Tensor:
-    """x += factor * a * b."""
-    if isinstance(factor, Tensor):
-        return x.addcmul_(a, b * factor)
-    return x.addcmul_(a, b, value=factor)
-
-
-def _add_quotient(x: Tensor, a: Tensor, b: Tensor, factor: Number) -> Tensor:
-    """x += factor * a / b."""
-    if isinstance(factor, Tensor):
-        return x.addcdiv_(a * factor, b)
-    return x.addcdiv_(a, b, value=factor)
