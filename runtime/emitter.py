@@ -162,6 +162,11 @@ class Emitter:
         """The packed value whose lanes are exactly these, in order."""
         return self._whole.get(tuple(refs))
 
+    def packed(self, ref: Ref) -> Packed | None:
+        """The packed value that a reference is a lane of."""
+        found = self._lane.get(ref)
+        return None if found is None else found[0]
+
     def stacked(self, column: Column) -> fx.Node:
         """All members' tensors as (M, ...); a shared one is expanded, without a copy."""
         if column.shared:

@@ -20,6 +20,7 @@ from cgo.model import loss_function
 from cgo.runtime.choice import Choice, rules_for
 from cgo.runtime.data import Leaves, preserved_random_state
 from cgo.runtime.lower import Lowered, Source, lower
+from cgo.runtime.lower import Result as LoweredResult
 from cgo.runtime.member import Member
 from cgo.runtime.operators import Fill, empty, filler
 from cgo.runtime.packing import PackedState, Place, learning_places, plan_packs, release
@@ -88,12 +89,16 @@ class MergedLanes:
 
     def _train(self, bound: _Bound, leaves: Leaves, drawn: Drawn) -> dict[ModelId, Outcome]:
         results = bound.run(leaves, drawn)
-        losses = {model: results[position] for model, position in bound.losses}
-        learning = [loss for loss in losses.values() if loss.requires_grad]
+        losses = [results[position] for position, _ in bound.losses]
+        learning = [loss for loss in losses if loss.requires_grad]
         if learning:  # gradients of the sum of losses, without computing the sum
-            torch.autograd.backward(learning)
+            torch.autograd.backward(learning, [torch.ones_like(loss) for loss in learning])
         bound.commit(results)
-        return {model: Result(loss) for model, loss in losses.items()}
+        return {
+            output.model: Result(loss)
+            for value, (_, result) in zip(losses, bound.losses)
+            for output, loss in _lanes_of(result, value.detach())
+        }
 
     def _train_apart(
         self, models: Sequence[ModelId], leaves: Leaves, size: int, drawn: Sequence[Drawn]
@@ -174,8 +179,8 @@ class MergedLanes:
             return outcomes
         found: dict[ModelId, dict[str, Tensor]] = {model: {} for model in models}
         for result, value in zip(bound.lowered.results, results):
-            for output in result.outputs:
-                found[output.model][output.role] = value
+            for output, lane in _lanes_of(result, value):
+                found[output.model][output.role] = lane
         return {m: Result(roles["loss"], roles.get("prediction")) for m, roles in found.items()}
 
     def sync(self) -> None:
@@ -257,7 +262,7 @@ class _Bound:
             self._values.append(value)
         self._draws = self._plan_draws()
         self.losses = [
-            (result.outputs[0].model, position)
+            (position, result)
             for position, result in enumerate(lowered.results)
             if result.outputs[0].role == "loss"
         ]
@@ -333,6 +338,11 @@ class _Bound:
         """Undo what a failed run wrote into buffers."""
         if self._buffers:
             torch._foreach_copy_(self._buffers, self._before)
+
+
+def _lanes_of(result: LoweredResult, value: Tensor) -> Iterator[tuple[Output, Tensor]]:
+    """Each output of a result with its own value."""
+    return zip(result.outputs, value.unbind(0) if result.packed else [value], strict=True)
 
 
 def _expected(node: Node) -> tuple[str, torch.dtype, torch.Size]:

@@ -78,7 +78,7 @@ class _ToStacked(torch.autograd.Function):
 def _to_channels(value: Tensor) -> Tensor:
     if value.ndim != IMAGES + 1 or not _channels_last(value):
         return value.transpose(0, 1).flatten(1, 2).contiguous()
-    return value.permute(1, 3, 4, 0, 2).flatten(3, 4).permute(0, 3, 1, 2)
+    return torch.cat(value.unbind(0), 1)  # faster than to copy what is permuted
 
 
 def _to_stacked(value: Tensor, size: int) -> Tensor:

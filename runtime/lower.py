@@ -45,9 +45,12 @@ from cgo.runtime.emitter import (
     runs,
 )
 from cgo.runtime.forms import forms_of
+from cgo.runtime.forms.elementwise import adds_nothing
 from cgo.runtime.forms.general import vectorise
 from cgo.runtime.operators import batch_norm, batch_norm_copying, symbol_value
 from cgo.runtime.packing import Pack, Place
+from cgo.runtime.peepholes import simplify
+from cgo.runtime.solo import kernel_for
 
 #: Nodes whose value is handed to the program.
 HANDED = SOURCES | {"cgo.random"}
@@ -222,13 +225,13 @@ class _Lowering:
     def _results(self, emitter: Emitter, outputs: Sequence[Output]) -> list[Result]:
         """What has to leave the region: updates of packed buffers together, where they can."""
         open_: dict[Place, Output] = {}
-        results: list[Result] = []
+        results = self._losses(emitter, [o for o in outputs if o.role == "loss"])
         for output in outputs:
-            if output.role != "update":
+            if output.role not in ("update", "loss"):
                 results.append(Result((output,)))
-            elif output.ref in emitter.written and self._own(output):
+            elif output.role == "update" and output.ref in emitter.written and self._own(output):
                 self.written.append(output)
-            else:
+            elif output.role == "update":
                 open_[output.model, output.key] = output
         for pack in self.packs:
             lanes = [open_[place] for place in pack.places if place in open_]
@@ -239,6 +242,22 @@ class _Lowering:
                     for place in pack.places:
                         del open_[place]
         return results + [Result((output,)) for output in open_.values()]
+
+    def _losses(self, emitter: Emitter, outputs: Sequence[Output]) -> list[Result]:
+        """Losses as they were computed: those of a fused loss together."""
+        by_ref = {output.ref: output for output in outputs}
+        results: list[Result] = []
+        done: set[Ref] = set()
+        for output in outputs:
+            whole = emitter.packed(output.ref)
+            together = whole is not None and whole.layout == STACKED and len(by_ref) == len(outputs)
+            if whole is not None and together and all(ref in by_ref for ref in whole.refs):
+                if output.ref not in done:
+                    results.append(Result(tuple(by_ref[ref] for ref in whole.refs), packed=True))
+                    done.update(whole.refs)
+            else:
+                results.append(Result((output,)))
+        return results
 
     def _own(self, output: Output) -> bool:
         """Whether the buffer that the norm writes is the output's, and no twin of it."""
@@ -377,12 +396,20 @@ class _Builder:
 
     def _call(self, node: Node) -> None:
         emitter = self.emitter
+        if adds_nothing(node, emitter.types):
+            assert isinstance(node.args[0], Ref)
+            emitter.set(Ref(node.name), emitter.value(node.args[0]))
+            return
+        kernel = kernel_for(make_group([node], emitter.types)) if emitter.images_last else None
         args = tuple(self._argument(argument) for argument in node.args)
         kwargs = {key: self._argument(value) for key, value in node.kwargs}
         images = node.op in _CONVOLUTIONS
         if images:
             args = (emitter.images(args[0]), *args[1:])
-        result = emitter.graph.call_function(self._kernel(node), args, kwargs)
+        function = self._kernel(node) if kernel is None else kernel.function
+        result = emitter.graph.call_function(function, args, kwargs)
+        if len(node.types) == 1 and node.types[0] is not None:
+            result.meta["ndim"] = len(node.types[0].shape)
         if images:  # of one channel both formats are one, and the kernel takes the other
             result = emitter.images(result)
         if len(node.types) == 1 and not returns_list(node):
@@ -397,6 +424,7 @@ class _Builder:
         emitter = self.emitter
         emitter.graph.output(tuple(self._leaving(result) for result in results))
         emitter.graph.eliminate_dead_code(_has_effect)
+        simplify(emitter.graph)
         module = fx.GraphModule(torch.nn.Module(), emitter.graph)
         # The plain function: a module call costs more than several small operators.
         forward: Callable[..., Sequence[Tensor]] = type(module).forward

@@ -153,6 +153,9 @@ class Flat:
         self.parameters = parameters
         position = {model: index for index, model in enumerate(self.models)}
         self._positions = [position[model] for piece in pieces for model in piece.models]
+        self._own: list[list[int]] = [[] for _ in self.models]  # which parameters are a model's
+        for index, owner in enumerate(self._positions):
+            self._own[owner].append(index)
         self._lengths = [parameter.numel() for parameter in parameters]
         with torch.no_grad():
             self.values = torch.cat([parameter.reshape(-1) for parameter in parameters])
@@ -247,7 +250,7 @@ class Flat:
         lanes = [lane for rows in gradients for lane in rows.unbind(0)]
         for position, model in enumerate(self.models):
             if model not in without:
-                own = [lanes[index] for index in self._own(position)]
+                own = [lanes[index] for index in self._own[position]]
                 self.kind.fused(self._part(position, own))
 
     def _agree(self) -> bool:
@@ -258,16 +261,13 @@ class Flat:
             group.get(key) == first[key] for group in self.groups[1:] for key in keys
         )
 
-    def _own(self, position: int) -> list[int]:
-        """Which of the parameters are one model's."""
-        return [index for index, other in enumerate(self._positions) if other == position]
-
     def _part(self, position: int | None, gradients: list[Tensor]) -> Part:
         part = self._parts.get(position)
         if part is None:
             part = self._parts[position] = self._make_part(position)
         part.gradients, part.group = gradients, self.groups[position or 0]
-        part.count.fill_(self.steps[position or 0])
+        if self.kind.steps:
+            part.count.fill_(self.steps[position or 0])
         return part
 
     def _make_part(self, position: int | None) -> Part:
@@ -276,7 +276,7 @@ class Flat:
             lengths = [sum(p.numel() for p in piece.own) for piece in self.pieces]
             values, *moments = (list(flat.split(lengths)) for flat in flats)
         else:
-            own = self._own(position)
+            own = self._own[position]
             split = [flat.split(self._lengths) for flat in flats]
             values, *moments = ([parts[index] for index in own] for parts in split)
         count = torch.zeros((), device=self.values.device)

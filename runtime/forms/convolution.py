@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from cgo.operators import aten
 from cgo.runtime.emitter import CHANNELS, STACKED, Column, Emitter, Group, Packed
 from cgo.runtime.forms import form
 from cgo.runtime.forms.folding import fold, unfold
+from cgo.runtime.kernels import batched_linear
+from cgo.runtime.solo import is_pointwise
 
 _CONVOLUTIONS = "conv1d conv2d conv3d"
 _TRANSPOSED = "conv_transpose1d conv_transpose2d conv_transpose3d"
@@ -23,6 +25,25 @@ def wide(emitter: Emitter, group: Group) -> Sequence[Packed] | None:
     if not _usual(group) or not given["input"].shared or given["groups"] != 1:
         return None
     return [_call(emitter, group, emitter.value(given["input"].refs[0]), groups=1)]
+
+
+@form("product of pixels", "conv2d", layouts="stacked")
+def product(emitter: Emitter, group: Group) -> Sequence[Packed] | None:
+    """1x1 convolutions: batched products over (M, N*H*W, C), with channels last in memory."""
+    given = group.arguments
+    if not emitter.images_last or given["weight"].shared or not is_pointwise(group):
+        return None
+    shift = None if given["bias"] is None else emitter.stacked(given["bias"])
+    x, weight = emitter.stacked(given["input"]), emitter.stacked(given["weight"])
+    return [Packed(emitter.call(product_of_pixels, x, weight, shift), STACKED)]
+
+
+def product_of_pixels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(M, N, C, H, W) and (M, O, C, 1, 1) to (M, N, O, H, W)."""
+    members, samples, channels, height, width = x.shape
+    rows = x.permute(0, 1, 3, 4, 2).reshape(members, -1, channels)
+    result = batched_linear(rows, weight.flatten(2), bias)
+    return result.view(members, samples, height, width, -1).permute(0, 1, 4, 2, 3)
 
 
 @form("grouped convolution", f"{_CONVOLUTIONS} {_TRANSPOSED}", layouts="channels")

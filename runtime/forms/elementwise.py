@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from cgo.graph import Node, Ref, TensorType
 from cgo.operators import aten
-from cgo.runtime.emitter import CHANNELS, STACKED, Column, Emitter, Group, Packed
+from cgo.runtime.emitter import CHANNELS, STACKED, Column, Emitter, Group, Packed, Types
 from cgo.runtime.forms import form
 
 _ARITHMETIC = """
@@ -26,8 +27,33 @@ hardtanh hardshrink softshrink softplus threshold
 """
 _COPIES = "clone lift_fresh_copy detach to _to_copy zeros_like ones_like full_like"
 
+
+
+def adds_nothing(node: Node, types: Types) -> bool:
+    """Whether a node is `x + 0` with a literal integer zero, and of x's own type."""
+    if node.op != "aten.add.Tensor" or node.kwargs or type(node.args[0]) is not Ref:
+        return False
+    added = node.args[1]
+    return type(added) is int and added == 0 and _like(types[node.args[0]], node.types[0])
+
+
+def _like(left: TensorType | None, right: TensorType | None) -> bool:
+    return left is not None and right is not None and left.dtype == right.dtype
+
+
 #: Arguments that are no value: which tensor has which dtype does not matter to the others.
 _MASKS = {"aten.where": "condition", "aten.masked_fill": "mask"}
+
+
+@form("sum from zero", "add", layouts="either")
+def sum_from_zero(emitter: Emitter, group: Group) -> Sequence[Packed] | None:
+    """`0 + x`, with which Python's `sum` begins: the value itself."""
+    column = group.arguments["self"]
+    if not isinstance(column, Column) or not adds_nothing(group.nodes[0], emitter.types):
+        return None
+    if emitter.wants_channels(column):
+        return [Packed(emitter.channels(column), CHANNELS)]
+    return [Packed(emitter.stacked(column), STACKED)]
 
 
 @form("elementwise", f"{_ARITHMETIC} {_ACTIVATIONS} {_COPIES}", layouts="either")

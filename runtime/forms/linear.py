@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from cgo.runtime.emitter import CHANNELS, STACKED, Emitter, Group, Packed
 from cgo.runtime.forms import form
+from cgo.runtime.kernels import batched_linear
 
 
 @form("wide linear", "linear", layouts="channels")
@@ -28,7 +29,7 @@ def wide_linear(emitter: Emitter, group: Group) -> Sequence[Packed] | None:
 
 
 @form("batched linear", "linear", layouts="stacked")
-def batched_linear(emitter: Emitter, group: Group) -> Sequence[Packed] | None:
+def batched(emitter: Emitter, group: Group) -> Sequence[Packed] | None:
     """Separate weights: one `baddbmm` over the members (`bmm` without bias)."""
     given = group.arguments
     x, weight, bias = given["input"], given["weight"], given["bias"]
@@ -81,11 +82,7 @@ def addmm(emitter: Emitter, group: Group) -> Sequence[Packed] | None:
 def batched_linear_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(M, ..., I) and (M, O, I) to (M, ..., O)."""
     rows = x.reshape(x.shape[0], -1, x.shape[-1])
-    if bias is None:
-        product = torch.bmm(rows, weight.transpose(1, 2))
-    else:
-        product = torch.baddbmm(bias.unsqueeze(1), rows, weight.transpose(1, 2))
-    return product.view(*x.shape[:-1], weight.shape[1])
+    return batched_linear(rows, weight, bias).view(*x.shape[:-1], weight.shape[1])
 
 
 def last_to_lanes(value: Tensor, size: int) -> Tensor:
