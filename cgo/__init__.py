@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cgo.model import DataSpec, Model, ModelStatus, TrainingSpec, best
     from cgo.passes.batch_operators import BatchOperators
     from cgo.store import Experiment, open_experiment
+    from cgo.tuning import Tuning
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ _HOME = {
     "Model": "cgo.model",
     "ModelStatus": "cgo.model",
     "TrainingSpec": "cgo.model",
+    "Tuning": "cgo.tuning",
     "WorkerInfo": "cgo.interface",
     "best": "cgo.model",
     "get_execution_engine": "cgo.engine",
@@ -56,6 +58,7 @@ __all__ = [
     "Model",
     "ModelStatus",
     "TrainingSpec",
+    "Tuning",
     "WorkerInfo",
     "best",
     "get_execution_engine",

@@ -37,8 +37,10 @@ from cgo.platforms.base import Platform
 from cgo.platforms.local import LocalPlatform
 from cgo.scheduler import Scheduler
 from cgo.store import Store, spec_of
+from cgo.tuning import Tuning
 
 _FUSE_ALL = BatchOperators()
+_TUNED = Tuning()
 
 
 class _Engine(AbstractExecutionEngine):
@@ -53,6 +55,7 @@ class _Engine(AbstractExecutionEngine):
         max_duration_s: Seconds from the engine's start in which models may be submitted.
         batch_operators: Which operators of different models may be fused, and how wide; None: none,
             then what a model computes does not depend on its company by a single bit.
+        tuning: How trials choose kernels, layouts and group sizes.
 
     Raises:
         StoreError: the experiment cannot be opened, or another engine holds it.
@@ -69,6 +72,7 @@ class _Engine(AbstractExecutionEngine):
         max_models: int | None = None,
         max_duration_s: float | None = None,
         batch_operators: BatchOperators | None = _FUSE_ALL,
+        tuning: Tuning = _TUNED,
     ) -> None:
         self._import_paths = tuple(str(Path(path).resolve()) for path in import_paths)
         self._max_models, self._max_duration_s = max_models, max_duration_s
@@ -90,6 +94,7 @@ class _Engine(AbstractExecutionEngine):
                 "engine": type(self).__name__,
                 "max_models": max_models,
                 "max_duration_s": max_duration_s,
+                "tuning": tuning.as_json(),
             },
         )
         atexit.register(self.close)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
-
-from cgo.graph import Graph, restrict
+from cgo.graph import Graph, Node, restrict
 from cgo.passes.batch_operators import BatchOperators, operators
 from cgo.passes.ungrouped import ungrouped
 from cgo.passes.unmerged import Family
-from cgo.runtime.choice import rules_for
+from cgo.runtime.choice import LOOP, LOOPED, Choice, Way
 from cgo.runtime.emitter import operator_of
 from cgo.runtime.lower import Decision, lower
 from cgo.runtime.packing import plan_packs
+from cgo.runtime.tuning import Tuner
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,22 @@ class Fused:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """Forward and backward of all groups of one operator that are executed in one form."""
+
+    op: str
+    form: str
+    groups: int
+    predicted_s: float  # by the table of costs
+    measured_s: float  # now, at the groups' own sizes
+
+    @property
+    def error(self) -> float:
+        """How far the prediction is off: 0.1 is ten percent too much."""
+        return self.predicted_s / self.measured_s - 1
+
+
+@dataclass(frozen=True)
 class FusionReport:
     """One training step: what is fused, and what runs node by node for which reason."""
 
@@ -43,6 +58,8 @@ class FusionReport:
     repacked: tuple[Decision, ...]  # groups for which values are copied together, in order
     loops: tuple[Family, ...]
     alone: tuple[Family, ...]
+    timings: tuple[Timing, ...]  # longest first
+    repacking_s: float  # predicted, for conversions and copies
 
     @property
     def gathers(self) -> int:
@@ -50,16 +67,17 @@ class FusionReport:
         return sum(row.gathers for row in self.fused)
 
 
-def fusion_report(graph: Graph, options: BatchOperators) -> FusionReport:
+def fusion_report(graph: Graph, options: BatchOperators, tuner: Tuner) -> FusionReport:
     """Lower the training programs over whole batches and say what became of every node.
 
     Args:
         graph: A planned graph.
         options: The pass that grouped it.
+        tuner: Chooses how groups are executed.
     """
-    device = torch.device("cpu")
+    device = tuner.device
     models = sorted({output.model for output in graph.outputs})
-    choice = rules_for(device)(graph, models)
+    choice = tuner(graph, models)
     packs = plan_packs(choice.graph)
     nodes = 0
     decisions: list[Decision] = []
@@ -71,7 +89,7 @@ def fusion_report(graph: Graph, options: BatchOperators) -> FusionReport:
         for ids in choice.programs:
             own = restrict(choice.graph, models=set(ids))
             if any(output.program == program for output in own.outputs):
-                decisions += lower(own, program, device, packs).decisions
+                decisions += lower(own, program, device, packs, ways=choice.ways).decisions
         decisions += _left_over(part, choice.graph)
     fused = [decision for decision in decisions if decision.form is not None]
     return FusionReport(
@@ -81,7 +99,38 @@ def fusion_report(graph: Graph, options: BatchOperators) -> FusionReport:
         tuple(decision for decision in fused if decision.gathers),
         _loops(decisions),
         tuple(_by_nodes(alone)),
+        _timings(choice, tuner, _largest(graph)),
+        tuner.assignment.repacking_s,
     )
+
+
+def _timings(choice: Choice, tuner: Tuner, programs: Sequence[str]) -> tuple[Timing, ...]:
+    """What each group was predicted to take, and what it takes."""
+    known = {name.removesuffix(LOOP): o for name, o in tuner.assignment.options.items()}
+    timer = tuner.timer(choice.graph)
+    members_of: dict[str, list[Node]] = defaultdict(list)
+    for node in choice.graph.nodes:
+        if node.group is not None and "/".join(node.name.split("/")[1:3]) in programs:
+            members_of[node.group].append(node)
+    total: dict[tuple[str, str], list[float]] = {}
+    sizes = Counter(_plain(name) for name, nodes in members_of.items() for _ in nodes)
+    for name, nodes in members_of.items():
+        option = known.get(_plain(name))
+        if option is None or not option.seconds:
+            continue
+        loop = option.form == LOOPED
+        width = 1 if loop else len(nodes)
+        seconds = timer.seconds(nodes[:width], Way(option.form, option.layout))
+        row = total.setdefault((operator_of(nodes[0]), option.form), [0, 0.0, 0.0])
+        row[0] += 1
+        row[1] += option.seconds * len(nodes) / sizes[_plain(name)]
+        row[2] += seconds * len(nodes) / width
+    rows = [Timing(op, form, int(n), a, b) for (op, form), (n, a, b) in total.items()]
+    return tuple(sorted(rows, key=lambda row: -row.measured_s))
+
+
+def _plain(name: str) -> str:
+    return name.removesuffix(LOOP).partition("/")[0]
 
 
 def _left_over(part: Graph, chosen: Graph) -> list[Decision]:

@@ -81,7 +81,9 @@ class Planner:
         self._passes = () if batch_operators is None else (batch_operators,)
         self._capturer = Capturer()
         self._examples: dict[str, Examples] = {}
-        self._captured: dict[ModelId, Captured] = {}  # instances, captured early for `content`
+        self._captured: dict[ModelId, Captured] = {}  # early
+        self._failed: dict[ModelId, str] = {}  # why an early capture could not be
+        self._early_s = 0.0
 
     def content(self, model: Model) -> str:
         """A digest of all that decides a model's result; equal content means an equal result.
@@ -101,6 +103,18 @@ class Planner:
         self._captured[model.model_id] = captured
         return digest_of([captured.digest, *common])
 
+    def capture(self, models: Sequence[Model]) -> None:
+        """Capture models before the trials that train them are planned; `plan` says what failed."""
+        started = time.perf_counter()
+        for model in models:
+            id_ = model.model_id
+            if id_ not in self._captured and id_ not in self._failed:
+                try:
+                    self._captured[id_] = self._capture(model)
+                except CgoError as error:
+                    self._failed[id_] = str(error)
+        self._early_s += time.perf_counter() - started
+
     def plan(
         self, models: Sequence[Model], folder: Path, experiment: Mapping[str, Any] | None = None
     ) -> Plan:
@@ -113,7 +127,8 @@ class Planner:
         """
         started = time.perf_counter()
         captured, failures = self._capture_all(models)
-        capture_s = time.perf_counter() - started
+        capture_s = time.perf_counter() - started + self._early_s
+        self._early_s = 0.0
         started = time.perf_counter()
         kept = [model for model in models if model.model_id in captured]
         aliases = self._aliases(kept) if self._merge else {}
@@ -133,6 +148,9 @@ class Planner:
         captured: dict[ModelId, Captured] = {}
         failures: dict[ModelId, str] = {}
         for model in models:
+            if (failure := self._failed.pop(model.model_id, None)) is not None:
+                failures[model.model_id] = failure
+                continue
             try:
                 early = self._captured.pop(model.model_id, None)
                 captured[model.model_id] = early or self._capture(model)

@@ -39,6 +39,7 @@ NEVER_TRAINED = "cancelled before it was trained"
 class _Batch:
     models: list[Model]
     alone: bool = False  # trained in a trial of its own
+    company: Sequence[Model] = ()  # of a share: the models of all shares
 
 
 @dataclass
@@ -47,6 +48,10 @@ class _Trial:
     models: list[Model]  # without aliases
     alone: bool
     restarts: int = 0
+
+
+#: A trial of fewer models is not worth a process of its own.
+_LEAST_SHARE = 4
 
 
 class Scheduler:
@@ -238,7 +243,21 @@ class Scheduler:
         if self._merge and not batch.alone:
             while self._queue and not self._queue[0].alone:
                 batch.models += self._queue.popleft().models
+            batch = self._share(batch)
         return batch, self._plan
+
+    def _share(self, batch: _Batch) -> _Batch:
+        """One idle worker's share of a batch; the rest is queued again, for the others.
+
+        Every n-th model, so that each worker gets some of every family.
+        """
+        workers = min(len(self._platform.idle_workers()), len(batch.models) // _LEAST_SHARE)
+        if workers < 2:
+            return batch
+        mine = batch.models[::workers]
+        own = {id(model) for model in mine}
+        self._queue.appendleft(_Batch([m for m in batch.models if id(m) not in own]))
+        return _Batch(mine, company=batch.models)
 
     def _look_up(self, batch: _Batch) -> None:
         """Tell stored results at once, and queue the models that have none."""
@@ -257,6 +276,8 @@ class Scheduler:
 
     def _plan(self, batch: _Batch) -> None:
         fresh = batch.models
+        # All of them first: trials that run already would take the cores from what is captured.
+        self._planner.capture(batch.company)
         trial_id = self._store.next_trial_id()
         folder = self._store.trial_folder(trial_id)
         plan = self._planner.plan(fresh, folder, {**self._experiment, "trial_id": trial_id})

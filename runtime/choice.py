@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import networkx
 import torch
@@ -26,6 +26,17 @@ _CHEAP_BYTES = 1024
 #: Marks the name of a group that is executed as a loop.
 LOOP = "~"
 
+#: What such groups are executed by, beside the names of forms.
+LOOPED = "loop"
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a group is executed: by a form's name, and in which layout where that takes either."""
+
+    form: str
+    layout: str | None = None
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -33,6 +44,7 @@ class Choice:
 
     graph: Graph
     programs: tuple[tuple[ModelId, ...], ...]
+    ways: Mapping[str, Way] = field(default_factory=dict)  # of groups, by name
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,16 @@ from torch import Tensor, fx
 
 from cgo.graph import Argument, Node, Ref, Symbol, TensorType
 from cgo.operators import aten, named_arguments
-from cgo.runtime.layouts import channels_last, stack, to_channels, to_stacked, unstack
+from cgo.runtime.layouts import (
+    CHANNELS,
+    STACKED,
+    channels_last,
+    gather,
+    to_channels,
+    to_stacked,
+    unstack,
+)
 from cgo.runtime.operators import symbol_value
-
-#: Layouts of a packed value of M lanes.
-STACKED = "stacked"  # (M, ...)
-CHANNELS = "channels"  # lanes side by side along axis 1: (N, M*C, ...)
 
 #: The value of a reference, as its own tensor or as a lane.
 Types = Mapping[Ref, "TensorType | None"]
@@ -126,6 +130,7 @@ class Emitter:
         self.images_last = images_last  # convolutions have channels last in memory
         self.written: set[Ref] = set()  # updates that are written in place into their buffers
         self.sources: set[int] = set()  # ids of packed values that are leaves handed in
+        self.preferred: str | None = None  # layout of the group that is being written
         self.gathers = 0  # times that members' values were copied together
         self._plain: dict[Ref, fx.Node] = {}
         self._lane: dict[Ref, tuple[Packed, int]] = {}
@@ -206,8 +211,13 @@ class Emitter:
         return None if whole is None else whole.layout
 
     def wants_channels(self, column: Column) -> bool:
-        """Whether the column is packed in channels already; lanes are stacked at less cost."""
-        return not column.shared and self.layout_of(column) == CHANNELS
+        """Whether a form that takes either layout is to have the column in channels.
+
+        Where nothing else was chosen: if it is packed so already; lanes are stacked at less cost.
+        """
+        if column.shared or column.ndim < 2:
+            return False
+        return (self.preferred or self.layout_of(column)) == CHANNELS
 
     def is_leaf(self, column: Column) -> bool:
         """Whether the column is a packed parameter or buffer that nothing else reads."""
@@ -226,8 +236,7 @@ class Emitter:
         if whole is not None:
             return self._converted(whole, layout)
         self.gathers += 1
-        lanes = [self.value(ref) for ref in column.refs]
-        return self.call(stack, lanes) if layout == STACKED else self.call(torch.cat, lanes, 1)
+        return self.call(gather, [self.value(ref) for ref in column.refs], layout)
 
     def _converted(self, packed: Packed, layout: str) -> fx.Node:
         if packed.layout == layout:

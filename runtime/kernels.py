@@ -24,7 +24,7 @@ def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _BatchedLinear(torch.autograd.Function):
-    """Gives the weight's gradient as the weight lies; autograd gives its transpose, to be copied."""
+    """The weight's gradient as the weight lies; autograd gives its transpose, to be copied."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

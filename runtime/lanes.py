@@ -26,6 +26,7 @@ from cgo.runtime.operators import Fill, empty, filler
 from cgo.runtime.packing import PackedState, Place, learning_places, plan_packs, release
 from cgo.runtime.state import RandomState
 from cgo.runtime.step import autocast, compute, eval_mode
+from cgo.runtime.tuning import Chooser
 from cgo.runtime.updates import Updates
 
 
@@ -49,13 +50,14 @@ class MergedLanes:
         members: Sequence[Member],
         constants: Mapping[str, Tensor],
         device: torch.device,
+        choose: Chooser | None = None,
     ) -> None:
         self.members = {member.id: member for member in members}
         self._graph = graph
         self._learning = learning_places(graph)
         self._constants = constants
         self._device = device
-        self._rules = rules_for(device)
+        self._choose = choose or rules_for(device)
         self._chosen = Choice(graph, ())
         self._packed_for: tuple[ModelId, ...] = ()
         self._packed = PackedState((), self.members)
@@ -199,7 +201,7 @@ class MergedLanes:
             return
         self._drop_updates()
         self._packed_for = tuple(models)
-        self._chosen = self._rules(restrict(self._graph, models=set(models)), models)
+        self._chosen = self._choose(restrict(self._graph, models=set(models)), models)
         self._packed = PackedState(plan_packs(self._chosen.graph), self.members)
         self._programs = {key: bound for key, bound in self._programs.items() if not key[2]}
         for member in self.members.values():
@@ -212,7 +214,8 @@ class MergedLanes:
             graph = self._chosen.graph if packed else self._graph
             part = restrict(graph, models=set(models))
             state = self._packed if packed else PackedState((), self.members)
-            lowered = lower(part, program, self._device, state.packs)
+            ways = self._chosen.ways if packed else {}
+            lowered = lower(part, program, self._device, state.packs, ways=ways)
             bound = _Bound(lowered, self.members, self._constants, state, self._learning)
             self._programs[key] = bound
         return bound

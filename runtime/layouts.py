@@ -13,6 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: Layouts of a packed value of M lanes.
+STACKED = "stacked"  # (M, ...)
+CHANNELS = "channels"  # lanes side by side along axis 1: (N, M*C, ...)
+
 #: Dimensions of a batch of images.
 IMAGES = 4
 
@@ -30,6 +34,11 @@ def stack(lanes: list[Tensor]) -> Tensor:
         return torch.stack(lanes, 0)
     # `stack` would lose the lanes' memory format.
     return torch.cat(lanes, 0).unflatten(0, (len(lanes), -1))
+
+
+def gather(lanes: list[Tensor], layout: str) -> Tensor:
+    """M tensors as one, in a layout."""
+    return stack(lanes) if layout == STACKED else torch.cat(lanes, 1)
 
 
 def unstack(value: Tensor) -> Sequence[Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,25 +32,19 @@ from cgo.graph import (
     restrict,
 )
 from cgo.operators import aten
-from cgo.runtime.choice import LOOP
-from cgo.runtime.emitter import (
-    STACKED,
-    Emitter,
-    Group,
-    Packed,
-    Types,
-    item,
-    make_group,
-    returns_list,
-    runs,
-)
+from cgo.runtime.choice import LOOP, LOOPED, Way
+from cgo.runtime.emitter import Emitter, Group, Packed, Types, item, make_group, returns_list, runs
 from cgo.runtime.forms import forms_of
 from cgo.runtime.forms.elementwise import adds_nothing
 from cgo.runtime.forms.general import vectorise
+from cgo.runtime.layouts import STACKED
 from cgo.runtime.operators import batch_norm, batch_norm_copying, symbol_value
 from cgo.runtime.packing import Pack, Place
 from cgo.runtime.peepholes import simplify
 from cgo.runtime.solo import kernel_for
+
+#: The general rule's name, beside those of forms.
+VMAP = "vmap"
 
 #: Nodes whose value is handed to the program.
 HANDED = SOURCES | {"cgo.random"}
@@ -140,6 +134,7 @@ def lower(
     device: torch.device,
     packs: Sequence[Pack] = (),
     *,
+    ways: Mapping[str, Way] | None = None,
     keep_layouts: bool = False,
 ) -> Lowered:
     """Make one program of a graph executable.
@@ -149,6 +144,7 @@ def lower(
         program: The program's name, such as "train/64".
         device: Where its tensors are.
         packs: Parameters and buffers that will be handed over as one tensor.
+        ways: How groups are executed, by name; others in the first form that applies.
         keep_layouts: Leave images in the memory format that they come in, so that a capture rounds
             as its module does.
 
@@ -160,16 +156,21 @@ def lower(
     if not part.outputs:
         raise GraphError(f"the graph has no program {program!r}")
     images_last = device.type == "cpu" and not keep_layouts
-    return _Lowering(part, device, packs, images_last).lowered()
+    return _Lowering(part, device, packs, images_last, ways or {}).lowered()
 
 
 class _Lowering:
     """One program on its way; results are collected over its regions."""
 
     def __init__(
-        self, part: Graph, device: torch.device, packs: Sequence[Pack], images_last: bool
+        self,
+        part: Graph,
+        device: torch.device,
+        packs: Sequence[Pack],
+        images_last: bool,
+        ways: Mapping[str, Way],
     ) -> None:
-        self.part, self.device, self.images_last = part, device, images_last
+        self.part, self.device, self.images_last, self.ways = part, device, images_last, ways
         self.nodes = {node.name: node for node in part.nodes}
         self.types: Types = {
             Ref(node.name, index): type_
@@ -210,7 +211,7 @@ class _Lowering:
             if any(node.name in needed for node in source.nodes)
         )
         emitter = Emitter(self.device, self.types, self.readers, self.images_last)
-        builder = _Builder(emitter, setting)
+        builder = Builder(emitter, setting, self.ways)
         builder.place([self.sources[index] for index in reads])
         for members in runs(nodes):
             builder.add(members)
@@ -328,15 +329,19 @@ def _readers(part: Graph) -> Counter[Ref]:
     return readers
 
 
-class _Builder:
+class Builder:
     """Writes the nodes of one region."""
 
-    def __init__(self, emitter: Emitter, setting: str | None) -> None:
+    def __init__(
+        self, emitter: Emitter, setting: str | None, ways: Mapping[str, Way] | None = None
+    ) -> None:
         self.emitter = emitter
+        self.ways = ways or {}
         self.decisions: list[Decision] = []
         self.setting = setting
 
     def place(self, sources: Sequence[Source]) -> None:
+        """Make sources the function's arguments."""
         for index, source in enumerate(sources):
             placeholder = self.emitter.graph.placeholder(f"s{index}")
             if source.packed:
@@ -371,19 +376,49 @@ class _Builder:
     def _write(self, group: Group) -> tuple[str | None, str]:
         """Write a group in the first form that takes it; the form's name, or why none does."""
         if (group.nodes[0].group or "").endswith(LOOP):
-            return None, "one by one is faster for members of this size"
+            return None, "one by one costs less here"
         if all(column.shared for column in group.columns):
             return None, "every member reads the same values"
+        way = self.ways.get(group.nodes[0].group or "")
+        if way is not None and self._write_form(group, way):
+            return way.form, ""
         for form in forms_of(group.operator):
-            values = form.rule(self.emitter, group)
-            if values is not None:
-                self._set(group, values)
+            if self._write_form(group, Way(form.name)):
                 return form.name, ""
         values, reason = vectorise(self.emitter, group)
         if values is None:
             return None, reason
         self._set(group, values)
-        return "vmap", ""
+        return VMAP, ""
+
+    def _write_form(self, group: Group, way: Way) -> bool:
+        """Write a group in a form, unless that does not apply."""
+        self.emitter.preferred = way.layout
+        values: Sequence[Packed] | None
+        try:
+            if way.form == VMAP:
+                values, _ = vectorise(self.emitter, group)
+            else:
+                rules = [form.rule for form in forms_of(group.operator) if form.name == way.form]
+                values = rules[0](self.emitter, group) if rules else None
+        finally:
+            self.emitter.preferred = None
+        if values is not None:
+            self._set(group, values)
+        return values is not None
+
+    def write_way(self, group: Group, way: Way) -> list[fx.Node] | None:
+        """Write a group one way, and give what holds its results; None where that is impossible."""
+        refs = [ref for i in range(len(group.types)) for ref in group.refs(i)]
+        wanted = [ref for ref in refs if self.emitter.readers[ref]]
+        if way.form == LOOPED:
+            for node in group.nodes:
+                self._call(node)
+            return [self.emitter.value(ref) for ref in wanted]
+        if not self._write_form(group, way):
+            return None
+        packed = [self.emitter.packed(ref) for ref in wanted]
+        return list({id(p): p.node for p in packed if p is not None}.values())
 
     def _set(self, group: Group, values: Sequence[Packed]) -> None:
         for index, value in enumerate(values):
@@ -421,6 +456,7 @@ class _Builder:
                 emitter.set(ref, emitter.call(item, result, index))
 
     def finish(self, results: Sequence[Result]) -> Callable[..., Sequence[Tensor]]:
+        """Compile what was written to a function that gives these results."""
         emitter = self.emitter
         emitter.graph.output(tuple(self._leaving(result) for result in results))
         emitter.graph.eliminate_dead_code(_has_effect)

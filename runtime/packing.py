@@ -30,10 +30,11 @@ class Pack:
 
 
 def plan_packs(graph: Graph) -> tuple[Pack, ...]:
-    """The packs that the groups of a graph ask for; groups of training programs choose first.
+    """The packs that the groups of a graph ask for.
 
     A parameter is in one pack at most: where another group needs it in other company, its lane is
-    taken out of the pack and stacked anew.
+    taken out of the pack and stacked anew. What training reads is packed as training wants it, or
+    not at all: evaluation pays less for stacking than every step would for taking it apart.
     """
     nodes = {node.name: node for node in graph.nodes}
     learning = learning_places(graph)
@@ -41,10 +42,12 @@ def plan_packs(graph: Graph) -> tuple[Pack, ...]:
     taken: set[str] = set()
     fused = [node for node in graph.nodes if not (node.group or "").endswith(LOOP)]
     groups = [members for members in runs(fused) if len(members) > 1]
+    trained = {ref.name for n in graph.nodes if "/train/" in n.name for ref in inputs_of(n)}
     for members in sorted(groups, key=lambda group: _urgency(group[0])):
+        barred = taken if "/train/" in members[0].name else taken | trained
         for column in zip(*(tuple(inputs_of(member)) for member in members)):
             pack = _pack(nodes, column, learning)
-            if pack is not None and taken.isdisjoint(pack.names):
+            if pack is not None and barred.isdisjoint(pack.names):
                 packs.append(pack)
                 taken.update(pack.names)
     return tuple(packs)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import fx
 
 from cgo.runtime.emitter import item
+
 
 def simplify(graph: fx.Graph) -> None:
     """Apply all rewrites."""
@@ -28,7 +30,8 @@ def selects_to_unbind(graph: fx.Graph) -> None:
     found: dict[tuple[fx.Node, int], list[tuple[fx.Node, int]]] = defaultdict(list)
     for node in graph.nodes:
         if node.op == "call_function" and node.target is torch.ops.aten.select.int:
-            value, axis, index = (*node.args, *map(node.kwargs.get, _SELECT[len(node.args) :]))
+            given: list[Any] = [*node.args, *map(node.kwargs.get, _SELECT[len(node.args) :])]
+            value, axis, index = given
             found[value, axis].append((node, index))
     for (value, axis), selects in found.items():
         if len({index for _, index in selects}) < 2:
@@ -50,7 +53,7 @@ def linear_before_transpose(graph: fx.Graph) -> None:
         turned, *rest = node.args
         if not isinstance(turned, fx.Node) or turned.target is not torch.ops.aten.transpose.int:
             continue
-        value, *axes = turned.args
+        value, *axes = cast("tuple[Any, ...]", turned.args)
         if turned.kwargs or sorted(axes) != [0, 1] or _ndim(turned) != 3:
             continue
         with graph.inserting_before(node):

@@ -130,7 +130,7 @@ def _weights(channels: int, size: int, dtype: torch.dtype, device: torch.device)
 
 @cache
 def _shares(shape: torch.Size, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(H, W): by what the sum over a full square is to be multiplied, where part of it is padding."""
+    """(H, W): what the sum over a full square is multiplied by, where part of it is padding."""
     ones = torch.ones(1, 1, *shape, dtype=dtype, device=device)
     return 1 / F.avg_pool2d(ones, size, 1, size // 2)[0, 0]
 

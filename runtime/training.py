@@ -21,6 +21,11 @@ from cgo.runtime.data import Leaves, Loader, open_data, target_of
 from cgo.runtime.lanes import MergedLanes, OpaqueLane, Outcome, Result
 from cgo.runtime.member import Member, Report
 from cgo.runtime.meters import EvaluationMeter
+from cgo.runtime.tuning import Record, Tuner, make_tuner
+from cgo.tuning import Tuning
+
+#: The file of a trial's folder that holds its lowering choices.
+RECORD = "lowering.json"
 
 #: Steps between two looks at the losses on a GPU.
 _LOOK_EVERY = 64
@@ -87,8 +92,9 @@ class _Trial:
                 self.members[entry.id] = member
         self._resume()
         constants = self._constants()
+        choose = self._tuner()
         self.cohorts = [
-            Cohort(data, key, members, constants, device, observer)
+            Cohort(data, key, members, constants, device, observer, choose)
             for key, members in self._by_data().items()
         ]
         seconds = time.perf_counter() - started
@@ -107,6 +113,13 @@ class _Trial:
         for id_, member in self.members.items():
             if id_ in records:
                 member.load(records[id_])
+
+    def _tuner(self) -> Tuner:
+        tuning = Tuning.from_json(self.data.experiment.get("tuning", {}))
+        tuner = make_tuner(tuning, self.device)
+        tuner.record = Record(self.folder / RECORD, self.device, tuning.record)
+        tuner.tell = self._tell
+        return tuner
 
     def _constants(self) -> dict[str, Tensor]:
         if self.data.constants is None:
@@ -156,13 +169,15 @@ class Cohort:
         constants: Mapping[str, Tensor],
         device: torch.device,
         observer: Observer | None,
+        tuner: Tuner,
     ) -> None:
         self.spec = data.data[key]
         self.members = {member.id: member for member in members}
         self.observer = observer
         self.device = device
         captured = [member for member in members if member.entry.opaque is None]
-        self.merged = MergedLanes(data.graph, captured, constants, device)
+        self.tuner = tuner
+        self.merged = MergedLanes(data.graph, captured, constants, device, tuner)
         self.opaque = {m.id: OpaqueLane(m) for m in members if m.entry.opaque is not None}
         self._loader: Loader | None = None
 
@@ -196,6 +211,8 @@ class Cohort:
     def _open(self) -> Loader:
         if self._loader is None:
             self._loader = Loader(open_data(self.spec), self.device)
+            epochs = max(member.entry.training.epochs for member in self.members.values())
+            self.tuner.steps = epochs * len(self._loader.data.train_sizes)
         return self._loader
 
     def _fail_all(self, members: Sequence[Member], error: DataError) -> None:

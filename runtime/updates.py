@@ -244,10 +244,12 @@ class Flat:
 
     def _fused_step(self, gradients: Sequence[Tensor], without: frozenset[ModelId]) -> None:
         assert self.kind.fused is not None
-        if without.isdisjoint(self.models) and self._agree():
-            self.kind.fused(self._part(None, [rows.flatten() for rows in gradients]))
-            return
+        # Lane by lane even where all agree: a lane's last elements are computed in another way than
+        # the others, and which these are must not depend on its neighbours.
         lanes = [lane for rows in gradients for lane in rows.unbind(0)]
+        if without.isdisjoint(self.models) and self._agree():
+            self.kind.fused(self._part(None, lanes))
+            return
         for position, model in enumerate(self.models):
             if model not in without:
                 own = [lanes[index] for index in self._own[position]]
@@ -272,13 +274,9 @@ class Flat:
 
     def _make_part(self, position: int | None) -> Part:
         flats = [self.values, *(self.moments[name] for name in self.kind.moments)]
-        if position is None:
-            lengths = [sum(p.numel() for p in piece.own) for piece in self.pieces]
-            values, *moments = (list(flat.split(lengths)) for flat in flats)
-        else:
-            own = self._own[position]
-            split = [flat.split(self._lengths) for flat in flats]
-            values, *moments = ([parts[index] for index in own] for parts in split)
+        own = range(len(self.parameters)) if position is None else self._own[position]
+        split = [flat.split(self._lengths) for flat in flats]
+        values, *moments = ([parts[index] for index in own] for parts in split)
         count = torch.zeros((), device=self.values.device)
         return Part(values, moments, [], {}, self.kind.flags, count)
 

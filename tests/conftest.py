@@ -1,11 +1,18 @@
 """Makes `support` importable, here and in trials."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Measured costs of test runs stay out of the user's table."""
+    os.environ["CGO_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

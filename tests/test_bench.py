@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from cgo.bench import measure, methods, ratio
+from cgo.bench import end_to_end, measure, methods, ratio
 from cgo.bench.families import FAMILIES
 from cgo.bench.methods import NotApplicable
 from cgo.errors import SpecError
@@ -95,3 +95,18 @@ def test_the_command_writes_records(tmp_path):
     document = json.loads(path.read_text())
     assert [record["method"] for record in document["records"]] == ["serial", "cgo"]
     assert document["threads"] == 1
+
+
+def test_a_whole_search_is_measured_against_the_serial_one():
+    heard = []
+    found = end_to_end.measure(4, epochs=1, workers=2, rounds=1, heard=heard.append)
+    assert found.ratio == pytest.approx(found.serial_s / found.merged_s)
+    assert found.phases["capture_s"] + found.phases["training_s"] < found.merged_s
+    assert len(heard) == 1
+    assert found.as_json()["family"] == "end-to-end"
+
+
+def test_the_searched_models_are_all_different():
+    found = end_to_end.candidates(16, 10)
+    assert len({(m.module, str(m.kwargs)) for m in found}) == 16
+    assert {m.module for m in found} == {"cgo.zoo:cnn", "cgo.zoo:nas_bench_201"}

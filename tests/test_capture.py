@@ -154,7 +154,22 @@ def test_equal_structures_are_exported_once(monkeypatch):
     tool = Capturer(), Examples.of(DATA)
     for seed in range(3):
         assert capture(tool, "support.small:mlp", seed=seed).graph is not None
-    assert len(exports) == 2  # training and evaluation; the last batch reuses the first's
+    assert len(exports) == 1  # evaluation and the last batch are made from it
+
+
+@pytest.mark.parametrize(("factory", "exported"), [("usual", 1), ("moody", 2)])
+def test_evaluation_is_made_from_training_only_where_that_is_true(factory, exported, monkeypatch):
+    exports = []
+    real = torch.export.export
+    monkeypatch.setattr(torch.export, "export", lambda *a, **k: exports.append(1) or real(*a, **k))
+    found = capture((Capturer(), Examples.of(DATA)), f"support.small:{factory}")
+    assert found.graph is not None
+    assert len(exports) == exported
+    evaluation = dump(restrict(found.graph, program="validation/12"))
+    assert "cgo.random" not in evaluation
+    assert "aten.batch_norm.default" in evaluation
+    assert "num_batches_tracked" not in evaluation
+    assert ("aten.mul" in evaluation) == (factory == "moody")
 
 
 def test_structure_drawn_from_the_seed_is_seen(capturer):

@@ -59,9 +59,8 @@ def test_explain_says_what_is_not_merged_and_trains_nothing(search, tmp_path):
     assert "raises_later-2.0 trains as an opaque lane: " in done.stdout
     assert "depends on trainable parameters" in done.stdout
     assert "cgo.input(" in done.stdout
-    for title in ("Fused", "Repacked", "In no group"):
+    for title in ("Fused", "In no group", "predicted ms", "all groups: predicted"):
         assert title in done.stdout
-    assert "batched linear" in done.stdout
     assert "others' " in done.stdout
     assert not (tmp_path / "out").exists()
 

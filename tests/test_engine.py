@@ -19,6 +19,7 @@ from cgo.errors import (
     SpecError,
     WaitTimeoutError,
 )
+from cgo.platforms.local import LocalPlatform
 
 WAIT_S = 120
 DATA = cgo.DataSpec("support.small:points", batch_size=16)
@@ -82,6 +83,24 @@ def test_models_are_merged_into_one_trial(finished):
     (report,) = reports
     assert (report.models, report.loaders, report.aliases) == (7, 1, {"twin": "a"})
     assert set(report.opaque) == {"opaque", "raises"}
+
+
+def test_workers_side_by_side_share_a_search(tmp_path):
+    models = [model(f"m{n}", kwargs={"hidden": 4 + n % 2}, seed=n) for n in range(8)]
+    models.append(model("misfit", kwargs={"features": 7}))
+    with cgo.CGOEngine(tmp_path, platform=LocalPlatform(workers=2)) as engine:
+        engine.submit_models(*models)
+        engine.wait_models(timeout_s=WAIT_S)
+        reports = engine.reports
+    assert len(cgo.open_experiment(tmp_path).trials()) == 2
+    assert sorted(report.models for report in reports) == [4, 4]
+    assert sum(m.status is ModelStatus.TRAINED for m in models) == 8
+    assert "misfit" in models[-1].error
+    alone = model("m3", kwargs={"hidden": 5}, seed=3)
+    with cgo.CGOEngine(tmp_path / "alone") as engine:
+        engine.submit_models(alone)
+        engine.wait_models(alone, timeout_s=WAIT_S)
+    assert alone.metric == pytest.approx(models[3].metric)
 
 
 def test_trained_models_have_their_metrics(finished):

@@ -1,16 +1,29 @@
 """How a merged graph will be executed, as `cgo explain` says it."""
 
 import pytest
+import torch
 from support.merged import Case
 
 from cgo.fusion import fusion_report
 from cgo.passes.batch_operators import BatchOperators
 from cgo.planner import Planner
+from cgo.runtime.choice import Rules
+from cgo.runtime.costs import CostTable
+from cgo.runtime.tuning import Tuner
+from cgo.tuning import Tuning
 
 
-def report(cases, tmp_path, options=BatchOperators()):  # noqa: B008
+def report(cases, tmp_path, options=BatchOperators(), tuner=None):  # noqa: B008
     plan = Planner(batch_operators=options).plan([case.model() for case in cases], tmp_path)
-    return plan.report, fusion_report(plan.graph_data.graph, options)
+    return plan.report, fusion_report(plan.graph_data.graph, options, tuner or fused())
+
+
+def fused():
+    """Fuses whatever can be, so that a table of costs does not decide what is seen here."""
+    return Tuner(CostTable(None, CPU), CPU, Rules(), Tuning(width=64))
+
+
+CPU = torch.device("cpu")
 
 
 def test_every_node_of_a_step_is_accounted_for(tmp_path):
@@ -55,3 +68,19 @@ def test_a_loop_has_its_reason(tmp_path):
         assert family.reason
         assert family.nodes >= 2
     assert sum(part.nodes for part in [*found.fused, *found.loops, *found.alone]) == found.nodes
+
+
+def test_groups_are_predicted_and_measured(tmp_path):
+    given = [Case(f"c{n}", "cnn", {"width": 8}, seed=n) for n in range(4)]
+    tuner = Tuner(CostTable(None, CPU), CPU, Rules(), Tuning(share=1.0), 10**6)
+    _, found = report(given, tmp_path, tuner=tuner)
+    assert {"aten.conv2d", "aten.linear", "aten.cross_entropy_loss"} <= {
+        row.op for row in found.timings
+    }
+    for row in found.timings:
+        assert row.predicted_s > 0
+        assert row.measured_s > 0
+        assert row.error == pytest.approx(row.predicted_s / row.measured_s - 1)
+    assert [row.measured_s for row in found.timings] == sorted(
+        (row.measured_s for row in found.timings), reverse=True
+    )

@@ -31,6 +31,8 @@ from cgo.runtime.lanes import MergedLanes
 from cgo.runtime.layouts import channels_last
 from cgo.runtime.member import Member
 from cgo.runtime.state import build_module
+from cgo.runtime.tuning import make_tuner
+from cgo.tuning import Tuning
 
 #: Trains that many steps of all models.
 Steps = Callable[[int], None]
@@ -39,6 +41,9 @@ Steps = Callable[[int], None]
 SERIAL = "serial"
 
 _CPU = torch.device("cpu")
+
+#: What a trial of this benchmark would train: a few epochs of a small data set.
+_PLANNED_STEPS = 1000
 
 
 class NotApplicable(Exception):
@@ -255,7 +260,8 @@ def merged(models: list[Model]) -> Steps:
     for key in data.data:
         entries = [entry for entry in data.models if entry.data == key]
         members = [Member(entry, data, _CPU, folder, lambda event: None) for entry in entries]
-        lanes = MergedLanes(data.graph, members, {}, _CPU)
+        tuner = make_tuner(Tuning(), _CPU, _PLANNED_STEPS)
+        lanes = MergedLanes(data.graph, members, {}, _CPU, tuner)
         batches = itertools.cycle(list(Loader(open_data(data.data[key]), _CPU).train(0)))
         parts.append((lanes, [member.id for member in members], batches))
 

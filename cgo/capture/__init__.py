@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 
 from cgo.capture.bind import bind
 from cgo.capture.convert import Program, convert
+from cgo.capture.evaluation import in_evaluation_mode
 from cgo.capture.validate import program_graph, validate
 from cgo.errors import CaptureError, ModelError, SpecError
 from cgo.graph import Graph, dump
@@ -181,14 +182,17 @@ def _program(
 ) -> Program:
     """Capture one program and validate it; `exports` holds the first export of each split.
 
-    Exporting is most of the cost, and the smaller last batch usually differs in nothing but shapes:
-    so the split's first export is tried on the new shapes, and kept if it validates.
+    Exporting is most of the cost. The smaller last batch usually differs in nothing but shapes, and
+    evaluation in little else: so the split's first export is tried on the new shapes, and for the
+    first evaluation that of training; what validates is kept.
     """
     split = name.partition("/")[0]
     autocast_dtype = "bfloat16" if training.precision == "bfloat16" else None
     converted = functools.partial(
         convert, leaves=leaves, strip="module.", autocast_dtype=autocast_dtype
     )
+    if split not in exports and "train" in exports:
+        exports[split] = in_evaluation_mode(exports["train"])
     if split in exports:
         try:
             program = converted(exports[split])

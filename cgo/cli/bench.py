@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -35,8 +35,19 @@ def bench(
     ] = None,
     rounds: Annotated[int, typer.Option(help="interleaved rounds, at least 7")] = 9,
     threads: Annotated[int, typer.Option(help="threads of the process")] = 1,
+    end_to_end: Annotated[
+        bool,
+        typer.Option("--end-to-end", help="a whole search, everything counted, instead of steps"),
+    ] = False,
+    epochs: Annotated[int, typer.Option(help="of the whole search")] = 10,
+    workers: Annotated[
+        int, typer.Option(help="trials side by side in the whole search; 0: one for each core")
+    ] = 0,
 ) -> None:
     """Measure a training step of many models: merged, and every way of doing without."""
+    if end_to_end:
+        _whole_search(models, epochs, workers or os.cpu_count() or 1, json_file)
+        return
     _restart(threads)
     torch.set_num_threads(threads)
     console = Console()
@@ -49,11 +60,34 @@ def bench(
         records = measure(name, models, methods=method, rounds=rounds, skipped=skipped)
         console.print(_table(records))
         found += records
+    _write(json_file, [record.as_json() for record in found])
+
+
+def _write(json_file: Path | None, rows: list[dict[str, Any]]) -> None:
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        rows = [record.as_json() for record in found]
         document = {"benchmark": "bench", "records": rows, **environment()}
         json_file.write_text(json.dumps(document, indent=2) + "\n")
+
+
+def _whole_search(models: int, epochs: int, workers: int, json_file: Path | None) -> None:
+    from cgo.bench.end_to_end import measure as measure_search
+
+    console = Console()
+    found = measure_search(
+        models, epochs=epochs, workers=workers, heard=lambda line: console.print(line)
+    )
+    table = Table("", "seconds", title=f"A whole search: {models} models, {epochs} epochs")
+    table.add_row("serial, everything", f"{found.serial_s:.1f}")
+    table.add_row(f"merged, everything, {workers} worker(s)", f"{found.merged_s:.1f}")
+    for name, seconds in found.phases.items():
+        table.add_row(f"  of it {name.removesuffix('_s')}", f"{seconds:.1f}")
+    console.print(table)
+    console.print(
+        f"against serial: {found.ratio:.2f}x [{found.low:.2f} - {found.high:.2f}]",
+        highlight=False,
+    )
+    _write(json_file, [found.as_json()])
 
 
 def _restart(threads: int) -> None:

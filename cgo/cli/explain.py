@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -19,7 +20,12 @@ from cgo.passes.batch_operators import BatchOperators
 from cgo.passes.unmerged import Family
 from cgo.planner import Plan, Planner
 from cgo.runtime.lower import Decision
+from cgo.runtime.tuning import make_tuner
 from cgo.search_spec import load
+from cgo.tuning import Tuning
+
+#: Steps to plan for: enough that everything may be measured that the settings allow.
+_STEPS = 10**6
 
 #: Rows of the longest table.
 _MOST_ROWS = 30
@@ -48,7 +54,10 @@ def show(console: Console, plan: Plan) -> None:
         console.print(line, highlight=False, soft_wrap=True)
     console.print(_families("Not shared", plan.report.unmerged))
     if plan.graph_data is not None:
-        _show_fusion(console, fusion_report(plan.graph_data.graph, BatchOperators()))
+        tuner = make_tuner(Tuning(share=0.0), torch.device("cpu"), _STEPS)
+        report = fusion_report(plan.graph_data.graph, BatchOperators(), tuner)
+        _show_fusion(console, report)
+        _show_times(console, report)
 
 
 def _show_fusion(console: Console, report: FusionReport) -> None:
@@ -76,6 +85,30 @@ def _show_fusion(console: Console, report: FusionReport) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _show_times(console: Console, report: FusionReport) -> None:
+    """Print what groups were predicted to take, and what they take here."""
+    table = Table(
+        "operator", "executed as", "groups", "predicted ms", "measured ms", "error",
+        title="Time of a training step, forward and backward",
+    )  # fmt: skip
+    for row in report.timings[:_MOST_ROWS]:
+        table.add_row(
+            row.op, row.form, f"{row.groups:,}", f"{row.predicted_s * 1e3:.3f}",
+            f"{row.measured_s * 1e3:.3f}", f"{row.error:+.0%}",
+        )  # fmt: skip
+    console.print(table)
+    predicted = sum(row.predicted_s for row in report.timings)
+    measured = sum(row.measured_s for row in report.timings)
+    if measured:
+        console.print(
+            f"all groups: predicted {predicted * 1e3:.2f} ms, measured {measured * 1e3:.2f} ms "
+            f"({predicted / measured - 1:+.0%}); conversions and copies between them, predicted: "
+            f"{report.repacking_s * 1e3:.2f} ms",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _repacked(decisions: Sequence[Decision]) -> Table:

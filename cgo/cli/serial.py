@@ -23,7 +23,21 @@ from cgo.platforms.local import trial_environment
 
 def measure(models: Sequence[Model], import_roots: Sequence[str] = ()) -> dict[str, float]:
     """Seconds that each model takes alone, by id."""
-    document = [
+    done = subprocess.run(
+        [sys.executable, "-m", "cgo.cli.serial"],
+        input=json.dumps(document(models)),
+        capture_output=True,
+        text=True,
+        check=True,
+        env=trial_environment(import_roots, {}),
+    )
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def document(models: Sequence[Model]) -> list[dict[str, Any]]:
+    """The models as JSON values, which the process reads."""
+    return [
         {
             "id": model.model_id,
             "module": model.module,
@@ -34,16 +48,6 @@ def measure(models: Sequence[Model], import_roots: Sequence[str] = ()) -> dict[s
         }
         for model in models
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "cgo.cli.serial"],
-        input=json.dumps(document),
-        capture_output=True,
-        text=True,
-        check=True,
-        env=trial_environment(import_roots, {}),
-    )
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
 
 
 def train_alone(spec: dict[str, Any]) -> float:

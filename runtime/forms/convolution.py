@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor, fx
 
 from cgo.operators import aten
-from cgo.runtime.emitter import CHANNELS, STACKED, Column, Emitter, Group, Packed
+from cgo.runtime.emitter import Column, Emitter, Group, Packed
 from cgo.runtime.forms import form
 from cgo.runtime.forms.folding import fold, unfold
 from cgo.runtime.kernels import batched_linear
+from cgo.runtime.layouts import CHANNELS, STACKED
 from cgo.runtime.solo import is_pointwise
 
 _CONVOLUTIONS = "conv1d conv2d conv3d"

@@ -10,8 +10,9 @@ from torch import fx
 
 from cgo.graph import Node, Ref, TensorType
 from cgo.operators import aten
-from cgo.runtime.emitter import CHANNELS, STACKED, Column, Emitter, Group, Packed, Types
+from cgo.runtime.emitter import Column, Emitter, Group, Packed, Types
 from cgo.runtime.forms import form
+from cgo.runtime.layouts import CHANNELS, STACKED
 
 _ARITHMETIC = """
 add sub rsub subtract mul multiply div divide true_divide floor_divide remainder fmod pow square
@@ -26,7 +27,6 @@ relu relu6 leaky_relu elu selu celu gelu silu mish sigmoid log_sigmoid hardsigmo
 hardtanh hardshrink softshrink softplus threshold
 """
 _COPIES = "clone lift_fresh_copy detach to _to_copy zeros_like ones_like full_like"
-
 
 
 def adds_nothing(node: Node, types: Types) -> bool:

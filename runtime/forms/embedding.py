@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cgo.runtime.emitter import STACKED, Emitter, Group, Packed
+from cgo.runtime.emitter import Emitter, Group, Packed
 from cgo.runtime.forms import form
+from cgo.runtime.layouts import STACKED
 
 
 @form("offset embedding", "embedding", layouts="stacked")

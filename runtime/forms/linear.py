@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cgo.runtime.emitter import CHANNELS, STACKED, Emitter, Group, Packed
+from cgo.runtime.emitter import Emitter, Group, Packed
 from cgo.runtime.forms import form
 from cgo.runtime.kernels import batched_linear
+from cgo.runtime.layouts import CHANNELS, STACKED
 
 
 @form("wide linear", "linear", layouts="channels")

@@ -9,8 +9,9 @@ from torch import fx
 from torch.nn import functional as F
 
 from cgo.graph import Ref
-from cgo.runtime.emitter import CHANNELS, STACKED, Column, Emitter, Group, Packed, item
+from cgo.runtime.emitter import Column, Emitter, Group, Packed, item
 from cgo.runtime.forms import form
+from cgo.runtime.layouts import CHANNELS, STACKED
 from cgo.runtime.operators import batch_norm, batch_norm_copying
 
 

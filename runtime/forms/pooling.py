@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cgo.operators import aten
-from cgo.runtime.emitter import CHANNELS, STACKED, Emitter, Group, Packed
+from cgo.runtime.emitter import Emitter, Group, Packed
 from cgo.runtime.forms import form
 from cgo.runtime.forms.folding import fold, unfold
+from cgo.runtime.layouts import CHANNELS, STACKED
 
 _POOLING = """
 max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices
@@ -28,19 +29,19 @@ replication_pad2d replication_pad3d
 _NDIM = {"1": 3, "2": 4, "3": 5}
 
 
-@form("pooling over channels", _POOLING, layouts="channels")
+@form("pooling over channels", _POOLING, layouts="either")
 def pooling(emitter: Emitter, group: Group) -> Sequence[Packed] | None:
     """Pooling of (N, M*C, ...)."""
     return _per_channel(emitter, group)
 
 
-@form("resizing over channels", _RESIZING, layouts="channels")
+@form("resizing over channels", _RESIZING, layouts="either")
 def resizing(emitter: Emitter, group: Group) -> Sequence[Packed] | None:
     """Up-sampling and pixel shuffling of (N, M*C, ...); a member's channels stay together."""
     return _per_channel(emitter, group)
 
 
-@form("padding over channels", _PADDING, layouts="channels")
+@form("padding over channels", _PADDING, layouts="either")
 def padding(emitter: Emitter, group: Group) -> Sequence[Packed] | None:
     """Padding of (N, M*C, ...) along axes behind the channels."""
     (x,) = group.columns

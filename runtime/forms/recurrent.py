@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cgo.runtime.emitter import STACKED, Emitter, Group, Packed, item
+from cgo.runtime.emitter import Emitter, Group, Packed, item
 from cgo.runtime.forms import form
 from cgo.runtime.forms.linear import batched_linear_of
+from cgo.runtime.layouts import STACKED
 
 Cell = Callable[[Tensor, list[Tensor], Tensor, "Tensor | None"], list[Tensor]]
 

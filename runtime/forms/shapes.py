@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, fx
 
 from cgo.operators import aten
-from cgo.runtime.emitter import CHANNELS, STACKED, Column, Emitter, Group, Packed
+from cgo.runtime.emitter import Column, Emitter, Group, Packed
 from cgo.runtime.forms import form
+from cgo.runtime.layouts import CHANNELS, STACKED
 
 
 @form(

@@ -1,10 +1,14 @@
 """Seven families, four optimizers, schedules and clipping: merged equals alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support import nets
 from support.families import FAMILIES
 from support.merged import Case, Merged, assert_equal_float64, assert_first_step_float32
+
+import cgo
 
 OPTIMIZERS = {
     "sgd": {"optimizer": "SGD", "optimizer_kwargs": {"lr": 0.05, "momentum": 0.9}},
@@ -55,6 +59,19 @@ def test_float64_losses_of_100_steps_equal_training_alone(optimizer, tmp_path):
     assert merged.plan.report.opaque == {}
     for case in given:
         assert len(merged.losses[case.id]) == 100
+        assert_equal_float64(merged, case)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", ["lanes", "stacked", "channels"])
+@pytest.mark.parametrize("width", [None, 2, 4, 8])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_float64_in_every_layout_and_width(optimizer, width, layout, tmp_path):
+    # Two of each family, so that every group has company.
+    given = cases(optimizer, precision="float64", epochs=EPOCHS)
+    given += [replace(case, id=f"{case.id}-2", seed=case.seed + 50) for case in given]
+    merged = Merged(given, tmp_path, tuning=cgo.Tuning(layout=layout, width=width))
+    for case in given:
         assert_equal_float64(merged, case)
 
 

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from support.merged import Case, Merged, assert_equal_float64
 from support.random_nets import draw_steps
 
+import cgo
+
 #: What a true gradient of zero leaves of rounding errors must not be blown up: a large eps.
 OPTIMIZERS = (
     {"optimizer": "SGD", "optimizer_kwargs": {"lr": 0.01, "momentum": 0.9, "nesterov": True}},
@@ -48,8 +50,15 @@ def cases(seed):
 SEEDS = st.integers(0, 10**6)
 
 
-def check(given_cases, folder):
-    merged = Merged(given_cases, folder)
+def forced(seed):
+    """How groups are executed, drawn as well: by known costs, or all in one layout and width."""
+    dice = random.Random(seed)
+    layout = dice.choice([None, None, "lanes", "stacked", "channels"])
+    return cgo.Tuning(measure=False, layout=layout, width=dice.choice([None, None, 2]))
+
+
+def check(given_cases, folder, tuning):
+    merged = Merged(given_cases, folder, tuning=tuning)
     assert merged.plan.report.opaque == {}
     for case in given_cases:
         assert len(merged.losses[case.id]) == 20
@@ -71,7 +80,7 @@ SETTINGS = {
 @settings(max_examples=15, derandomize=True, **SETTINGS)
 @given(seed=SEEDS)
 def test_some_random_networks_equal_training_alone(seed, folders):
-    check(cases(seed), folders.mktemp("random"))
+    check(cases(seed), folders.mktemp("random"), forced(seed))
 
 
 @pytest.mark.long
@@ -79,4 +88,4 @@ def test_some_random_networks_equal_training_alone(seed, folders):
 @settings(max_examples=200, **SETTINGS)
 @given(seed=SEEDS)
 def test_random_networks_equal_training_alone(seed, folders):
-    check(cases(seed), folders.mktemp("random"))
+    check(cases(seed), folders.mktemp("random"), forced(seed))

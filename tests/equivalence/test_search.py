@@ -8,6 +8,8 @@ import torch
 from support import families
 from support.merged import Case, Merged, assert_equal_float64, relative
 
+import cgo
+
 FAMILIES = {name: kwargs for name, kwargs in families.FAMILIES.items() if name != "tied"}
 #: An eps above rounding errors: what has a true gradient of zero must not walk on these.
 OPTIMIZERS = (
@@ -47,7 +49,12 @@ def search():
     return found
 
 
-def test_24_models_of_six_families_equal_training_alone(tmp_path):
+@pytest.fixture(scope="module")
+def alone():
+    return {case.id: case.alone() for case in search()}
+
+
+def test_24_models_of_six_families_equal_training_alone(tmp_path, alone):
     given = search()
     merged = Merged(given, tmp_path)
     report = merged.plan.report
@@ -56,7 +63,22 @@ def test_24_models_of_six_families_equal_training_alone(tmp_path):
     assert report.grouped / report.groups >= 4
     for case in given:
         assert len(merged.losses[case.id]) == 20
-        assert_equal_float64(merged, case)
+        assert_equal_float64(merged, case, alone[case.id])
+
+
+#: Every layout, and every width of a chunk, for all groups that can have it.
+FORCED = [
+    *({"layout": layout} for layout in ("lanes", "stacked", "channels")),
+    *({"width": width, "layout": layout} for width in (2, 4, 8) for layout in (None, "channels")),
+]
+
+
+@pytest.mark.parametrize("forced", FORCED, ids=str)
+def test_the_same_in_every_layout_and_width(forced, tmp_path, alone):
+    given = search()
+    merged = Merged(given, tmp_path, tuning=cgo.Tuning(**forced))
+    for case in given:
+        assert_equal_float64(merged, case, alone[case.id])
 
 
 #: What becomes of the model in the middle; each leaves the others' every bit as it was.

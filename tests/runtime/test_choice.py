@@ -8,7 +8,7 @@ from support.merged import Case, Merged, assert_equal_float64
 import cgo
 from cgo.graph import Graph, verify
 from cgo.planner import Planner
-from cgo.runtime import lanes
+from cgo.runtime import tuning
 from cgo.runtime.choice import LOOP, Rules, _activation_bytes, rules_for
 from cgo.runtime.emitter import runs
 
@@ -74,7 +74,7 @@ def test_every_choice_trains_as_alone(tmp_path, monkeypatch):
     given = cases("cnn", "cnn", "mlp", "residual", "cells", "cells")
     alone = {case.id: case.alone() for case in given}
     for number, rules in enumerate((Rules(), Rules(0), Rules(math.inf, 0), Rules(5000, 400_000))):
-        monkeypatch.setattr(lanes, "rules_for", lambda device, rules=rules: rules)
+        monkeypatch.setattr(tuning, "rules_for", lambda device, rules=rules: rules)
         merged = Merged(given, tmp_path / str(number))
         for case in given:
             assert_equal_float64(merged, case, alone[case.id])

@@ -23,6 +23,12 @@ CONVOLUTIONS = [
     convolution("conv2d.default", X4, T((4, 1, 3, 3)), T((4,)), (1, 1), (1, 1), (1, 1), 4),
     convolution("conv2d.default", X4, T((4, 1, 3, 3)), None, (1, 1), (1, 1), (1, 1), 4, share=(0,)),
     convolution("conv2d.padding", X4, T((3, 4, 3, 3)), None, (1, 1), "same"),
+    convolution("conv2d.default", X4, T((3, 4, 1, 1)), T((3,)), form="product of pixels"),
+    convolution("conv2d.default", X4, T((3, 4, 1, 1)), form="product of pixels", channels=(0,)),
+    convolution(
+        "conv2d.padding", X4, T((3, 4, 1, 1)), None, (1, 1), "same", form="product of pixels"
+    ),
+    convolution("conv2d.default", X4, T((3, 4, 1, 1)), None, (2, 2)),
     convolution("conv1d.default", X3, T((3, 4, 3)), T((3,)), (2,), (1,), channels=(0,)),
     convolution("conv3d.default", T((2, 2, 3, 4, 4)), T((3, 2, 2, 2, 2)), T((3,))),
     convolution("conv_transpose1d.default", X3, T((4, 3, 3)), T((3,)), (2,), (1,), (1,)),
@@ -191,6 +197,8 @@ ELEMENTWISE = [
     *unary("clamp.default", -0.5, 0.5),
     *unary("mul.Scalar", 1.5),
     *unary("add.Tensor", 2),
+    Call("aten.add.Tensor", (X4, 0), "sum from zero"),
+    Call("aten.add.Tensor", (X4, 0), "sum from zero", channels=(0,)),
     *unary("rsub.Scalar", 1.0),
     *unary("neg.default"),
     *unary("detach.default"),

@@ -13,6 +13,8 @@ from cgo.passes.batch_operators import BatchOperators
 from cgo.planner import Planner
 
 ALL = BatchOperators()
+#: Nothing is measured, so that two runs choose alike.
+KNOWN = cgo.Tuning(measure=False)
 
 
 @dataclass
@@ -69,10 +71,12 @@ class Case:
 class Merged:
     """A merged trial of several cases, with every loss and first gradient."""
 
-    def __init__(self, cases, folder, merge=True, batch_operators=ALL):
+    def __init__(self, cases, folder, merge=True, batch_operators=ALL, tuning=KNOWN):
         self.folder = folder
         self.losses, self.gradients, self.events = {}, {}, []
-        self.plan = Planner(merge, batch_operators).plan([case.model() for case in cases], folder)
+        planner = Planner(merge, batch_operators)
+        settings = {"tuning": tuning.as_json()}
+        self.plan = planner.plan([case.model() for case in cases], folder, settings)
         assert not self.plan.failures, self.plan.failures
         self.metrics = trial.execute(
             self.plan.graph_data, folder=folder, report=self.events.append, observer=self

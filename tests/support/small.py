@@ -277,3 +277,27 @@ def configured():
         assert experiment_config()["max_models"] == 7
         assert experiment_config()["trial_id"] == "t0000"
     return mlp()
+
+
+class Moody(nn.Module):
+    """Computes something else in evaluation mode, in a way that is no operator's argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 3)
+        )
+
+    def forward(self, x):
+        """Logits; in training, three times as large."""
+        return self.layers(x) * (3.0 if self.training else 1.0)
+
+
+def moody():
+    """See `Moody`."""
+    return Moody()
+
+
+def usual():
+    """Batch norm and dropout, whose evaluation mode is known."""
+    return Moody().layers

@@ -1,0 +1,76 @@
+"""How a trial chooses kernels, layouts and group sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from cgo.errors import SpecError
+
+_LAYOUTS = ("lanes", "stacked", "channels")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a trial chooses kernels, layouts and group sizes.
+
+    Args:
+        measure: Measure what the table of costs does not hold. Without, the choice is by known
+            costs, and where there are none by rules.
+        most_s: Seconds that measuring may take, at most a tenth of the planned training.
+        share: Of the planned training: measuring may take that much, if it is longer.
+        record: A trial's `lowering.json`: choose as that trial did, which gives the same bits on
+            the same device. A trial of other models, or on another device, chooses anew.
+        layout: Execute every group so, as far as its operator can: "lanes" (one by one), "stacked"
+            or "channels". For tests and measurements.
+        width: Execute so many members of a group at once, at most. For tests and measurements.
+
+    Raises:
+        SpecError: a value makes no sense.
+
+    Example:
+        >>> from cgo import Tuning
+        >>> Tuning(most_s=2.0).share
+        0.02
+    """
+
+    measure: bool = True
+    most_s: float = 10.0
+    share: float = 0.02
+    record: str | None = None
+    layout: str | None = None
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.most_s < 0 or not 0 <= self.share <= 1:
+            raise SpecError(
+                f"tuning: most_s {self.most_s} and share {self.share}; seconds, and a part of 1"
+            )
+        if self.layout not in (None, *_LAYOUTS):
+            raise SpecError(f"tuning: layout {self.layout!r} is none of {', '.join(_LAYOUTS)}")
+        if self.width is not None and self.width < 1:
+            raise SpecError(f"tuning: width {self.width}; at least 1")
+
+    @property
+    def forced(self) -> bool:
+        """Whether layout or width are given."""
+        return self.layout is not None or self.width is not None
+
+    def budget_s(self, planned_s: float) -> float:
+        """Seconds that measuring may take before a training of so many seconds."""
+        if not self.measure:
+            return 0.0
+        return max(self.share * planned_s, min(self.most_s, planned_s / 10))
+
+    def as_json(self) -> dict[str, Any]:
+        """As JSON values, for a trial's document."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Tuning:
+        """From what `as_json` gave; raises `SpecError` for unknown settings."""
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise SpecError(f"tuning: {', '.join(unknown)} is none of {', '.join(sorted(known))}")
+        return cls(**values)

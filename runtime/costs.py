@@ -1,0 +1,402 @@
+"""What groups cost, measured: forward and backward of every way of executing one.
+
+Costs are kept on disk, by device, library version and number of threads; a table for common
+signatures ships with the package. What neither holds is measured when a trial starts, as far as its
+budget goes, and interpolated between sizes beyond that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import sqlite3
+import statistics
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from cgo.errors import CgoError
+from cgo.graph import Node, Ref, TensorType, inputs_of
+from cgo.machine import devices
+from cgo.passes.sharing import argument_key
+from cgo.runtime.choice import LOOPED, Way
+from cgo.runtime.emitter import Column, Emitter, Group, Packed, Types, make_group
+from cgo.runtime.layouts import CHANNELS, IMAGES, STACKED, gather, to_channels, unstack
+from cgo.runtime.lower import Builder
+
+#: Timed rounds of one measurement, and its most seconds.
+_ROUNDS = 5
+_MOST_S = 0.02
+
+#: The least that an operator costs.
+_LEAST_S = 1e-6
+
+#: Inputs are rotated until they fill this much, as in a step, where others' values lie between.
+_ROTATED_BYTES = 4e6
+_MOST_SETS = 8
+
+#: Widths at which fused forms are measured; between them costs a member are interpolated.
+WIDTHS = (2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a cost depends on: `family` without sizes, `sizes` all of them, both as digests."""
+
+    family: str
+    sizes: str
+    elements: int  # of the largest value
+
+
+#: Family, sizes, elements, way, width, seconds.
+_Row = tuple[str, str, int, str, int, float]
+
+
+class CostTable:
+    """Seconds by signature, way and width; on disk where a path is given.
+
+    Args:
+        path: An SQLite file, made if missing; None keeps measurements in memory.
+        device: What costs are of.
+        shipped: Begin with the costs that ship with the package.
+    """
+
+    def __init__(self, path: Path | None, device: torch.device, *, shipped: bool = True) -> None:
+        self.key = device_key(device)
+        self._rows: dict[tuple[str, str, str, int], tuple[int, float]] = {}
+        self._sizes: dict[tuple[str, str, int], dict[int, float]] = defaultdict(dict)
+        self._file: sqlite3.Connection | None = None
+        self._foreign: dict[tuple[str, str, str, int], float] = {}
+        if shipped:
+            self._ship(*_shipped(device))
+        if path is not None:
+            self._open(path)
+
+    def _ship(self, key: str, rows: Iterable[_Row]) -> None:
+        """Costs of this very device are as good as measured; of another, better than nothing."""
+        for family, sizes, elements, way, width, seconds in rows:
+            if key == self.key:
+                self._add(family, sizes, elements, way, width, seconds)
+            else:
+                self._foreign[family, sizes, way, width] = seconds
+                self._sizes[family, way, width][elements] = seconds
+
+    def _open(self, path: Path) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = sqlite3.connect(path, timeout=10)
+            # What a crash may lose is measured again.
+            self._file.execute("PRAGMA journal_mode = WAL")
+            self._file.execute("PRAGMA synchronous = OFF")
+            self._file.execute(
+                "CREATE TABLE IF NOT EXISTS costs (device TEXT, family TEXT, sizes TEXT, "
+                "elements INTEGER, way TEXT, width INTEGER, seconds REAL, "
+                "PRIMARY KEY (device, family, sizes, way, width))"
+            )
+            rows = self._file.execute(
+                "SELECT family, sizes, elements, way, width, seconds FROM costs WHERE device = ?",
+                (self.key,),
+            )
+            for row in rows:
+                self._add(*row)
+        except (OSError, sqlite3.Error) as error:
+            raise CgoError(
+                f"the table of measured costs, {path}, cannot be used: {error}; remove it, or give "
+                f"another place in {CACHE}"
+            ) from error
+
+    def _add(
+        self, family: str, sizes: str, elements: int, way: str, width: int, seconds: float
+    ) -> None:
+        self._rows[family, sizes, way, width] = elements, seconds
+        self._sizes[family, way, width][elements] = seconds
+
+    def put(self, signature: Signature, way: str, width: int, seconds: float) -> None:
+        """Keep a measurement; infinity says that the way cannot be gone."""
+        self._add(signature.family, signature.sizes, signature.elements, way, width, seconds)
+        if self._file is not None:
+            row = (signature.family, signature.sizes, signature.elements, way, width, seconds)
+            with self._file:
+                self._file.execute(
+                    "INSERT OR REPLACE INTO costs VALUES (?, ?, ?, ?, ?, ?, ?)", (self.key, *row)
+                )
+
+    def get(self, signature: Signature, way: str, width: int) -> float | None:
+        """The measured seconds."""
+        found = self._rows.get((signature.family, signature.sizes, way, width))
+        return None if found is None else found[1]
+
+    def near(self, signature: Signature, way: str, width: int) -> float | None:
+        """Another device's, or interpolated between sizes, in logarithms; beyond in proportion."""
+        foreign = self._foreign.get((signature.family, signature.sizes, way, width))
+        if foreign is not None:
+            return foreign
+        known = self._sizes.get((signature.family, way, width))
+        if not known:
+            return None
+        below = max((n for n in known if n <= signature.elements), default=None)
+        above = min((n for n in known if n >= signature.elements), default=None)
+        if below is None or above is None:
+            nearest = below if above is None else above
+            assert nearest is not None
+            scale = max(1.0, signature.elements / nearest) if above is None else 1.0
+            return known[nearest] * scale
+        if below == above:
+            return known[below]
+        share = math.log(signature.elements / below) / math.log(above / below)
+        return known[below] ** (1 - share) * known[above] ** share
+
+    def rows(self) -> list[list[Any]]:
+        """All rows as JSON values, for shipping; no number where a way cannot be gone."""
+        return [
+            [family, sizes, elements, way, width, seconds if math.isfinite(seconds) else None]
+            for (family, sizes, way, width), (elements, seconds) in sorted(self._rows.items())
+        ]
+
+
+#: The environment variable that names the folder of the table; the user's cache by default.
+CACHE = "CGO_CACHE"
+
+
+def default_path() -> Path:
+    """Where measured costs are kept."""
+    base = os.environ.get(CACHE)
+    if base:
+        return Path(base) / "costs.sqlite"
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(cache) / "cgo" / "costs.sqlite"
+
+
+def device_key(device: torch.device) -> str:
+    """Device, versions and threads: costs of another key do not hold here."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else devices()[0].name
+    threads = torch.get_num_threads() if device.type == "cpu" else 0
+    return f"{device.type} {name}, torch {torch.__version__}, {threads} threads, form 3"
+
+
+def _shipped(device: torch.device) -> tuple[str, list[_Row]]:
+    """The key and the rows of the table that ships with the package."""
+    found = files("cgo.runtime").joinpath(f"costs_{device.type}.json")
+    if not found.is_file():
+        return "", []
+    document = json.loads(found.read_text())
+    rows = [(*row[:-1], math.inf if row[-1] is None else row[-1]) for row in document["rows"]]
+    return document["key"], rows
+
+
+def signature_of(node: Node, types: Types, shared: Sequence[bool]) -> Signature:
+    """The signature of a node in a group, of whose inputs some are the same for all members."""
+    refs: list[Any] = []
+    arguments = (argument_key(node.args, refs), argument_key(node.kwargs, refs))
+    read = [types[ref] for ref in refs]
+    kinds = [None if t is None else (t.dtype, len(t.shape)) for t in (*read, *node.types)]
+    shapes = [() if t is None else t.shape for t in (*read, *node.types)]
+    family = repr((node.op, arguments, kinds, tuple(shared), node.autocast))
+    elements = max((math.prod(shape) for shape in shapes), default=1)
+    return Signature(_short(family), _short(repr(shapes)), elements)
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Timer:
+    """Measures groups of a graph on a device.
+
+    Args:
+        device: Where.
+        types: Of all references in the graph.
+        sources: The producers of references that are handed to the program, by name.
+    """
+
+    def __init__(self, device: torch.device, types: Types, sources: Mapping[str, Node]) -> None:
+        self._device, self._types, self._sources = device, types, sources
+
+    def seconds(self, nodes: Sequence[Node], way: Way) -> float:
+        """Forward and backward of a group executed one way; infinite where that is impossible."""
+        group = make_group(nodes, self._types)
+        emitter = Emitter(self._device, self._types, _once(nodes), self._device.type == "cpu")
+        builder = Builder(emitter, nodes[0].autocast)
+        given = self._given(emitter, group, way)
+        results = builder.write_way(group, way)
+        if results is None:
+            return math.inf
+        emitter.graph.output(tuple(results))
+        module = fx.GraphModule(torch.nn.Module(), emitter.graph)
+        size = sum(math.prod(shape) * 4 for _, shape, _, _ in given)
+        sets = max(1, min(_MOST_SETS, int(_ROTATED_BYTES / max(size, 1))))
+        return _timed(module.forward, [[self._value(g) for g in given] for _ in range(sets)])
+
+    def _given(
+        self, emitter: Emitter, group: Group, way: Way
+    ) -> list[tuple[TensorType, tuple[int, ...], bool, bool]]:
+        """What the group reads as placeholders: type, shape, whether it learns and is an image."""
+        found: list[tuple[TensorType, tuple[int, ...], bool, bool]] = []
+        done: set[Any] = set()
+
+        def take(type_: TensorType, shape: tuple[int, ...], ref: Any, images: bool) -> fx.Node:
+            found.append((type_, shape, self._learns(ref.name, type_), images))
+            return emitter.graph.placeholder(f"s{len(found)}")
+
+        for column in group.columns:
+            if column.refs in done:
+                continue
+            done.add(column.refs)
+            images = column.ndim == IMAGES and column.refs[0].name not in self._sources
+            if column.shared or way.form == LOOPED:
+                for ref in dict.fromkeys(column.refs):
+                    emitter.set(ref, take(column.type, column.shape, ref, images))
+                continue
+            layout = self._layout(column, way)
+            shape = _packed_shape(column.shape, len(column.refs), layout)
+            packed = Packed(take(column.type, shape, column.refs[0], images), layout)
+            emitter.set_packed(column.refs, packed)
+            if column.refs[0].name in self._sources:
+                emitter.sources.add(id(packed))
+        return found
+
+    def _layout(self, column: Column, way: Way) -> str:
+        computed = column.refs[0].name not in self._sources
+        return CHANNELS if way.layout == CHANNELS and computed and column.ndim >= 2 else STACKED
+
+    def _learns(self, name: str, type_: TensorType) -> bool:
+        source = self._sources.get(name)
+        trained = source is None or source.keyword("trainable") is True
+        return trained and type_.dtype.startswith(("float", "bfloat"))
+
+    def _value(self, given: tuple[TensorType, tuple[int, ...], bool, bool]) -> Tensor:
+        type_, shape, learns, images = given
+        dtype = getattr(torch, type_.dtype)
+        if not dtype.is_floating_point:
+            return torch.zeros(shape, dtype=dtype, device=self._device)
+        if images and self._device.type == "cpu":  # channels last, behind an axis of members or not
+            last = (*shape[:-3], *shape[-2:], shape[-3])
+            value = torch.rand(last, dtype=dtype).movedim(-1, -3)
+        else:
+            value = torch.rand(shape, dtype=dtype, device=self._device)
+        return value.requires_grad_(learns)
+
+
+def _once(nodes: Sequence[Node]) -> Counter[Any]:
+    """Every input is read once, and every result but the statistics of a norm."""
+    readers: Counter[Any] = Counter(ref for node in nodes for ref in set(inputs_of(node)))
+    for node in nodes:
+        outputs = 1 if node.op == "cgo.batch_norm" else len(node.types)
+        readers.update(Ref(node.name, i) for i in range(outputs) if node.types[i] is not None)
+    return readers
+
+
+def _packed_shape(shape: tuple[int, ...], size: int, layout: str) -> tuple[int, ...]:
+    if layout == STACKED:
+        return (size, *shape)
+    return (shape[0], size * shape[1], *shape[2:])
+
+
+def _timed(function: Callable[..., Sequence[Tensor]], sets: list[list[Tensor]]) -> float:
+    """Median seconds of a forward and backward, without what a whole step pays only once."""
+    return max(_LEAST_S, _median(function, sets) - _fixed_s(sets[0][0].device if sets[0] else None))
+
+
+@cache
+def _fixed_s(device: torch.device | None) -> float:
+    """Seconds of a forward and backward of next to nothing: of calls into a program and autograd.
+
+    Without this, two operators measured one by one would seem to cost more than they do together.
+    """
+    values = [[torch.rand(8, device=device).requires_grad_()] for _ in range(_MOST_SETS)]
+
+    def chain(length: int) -> float:
+        def views(x: Tensor) -> list[Tensor]:
+            for _ in range(length):
+                x = x.view_as(x)
+            return [x]
+
+        return min(_median(views, values) for _ in range(5))
+
+    one, five = chain(1), chain(5)
+    return one - (five - one) / 4
+
+
+def _median(function: Callable[..., Sequence[Tensor]], sets: list[list[Tensor]]) -> float:
+    learning = [[value for value in values if value.requires_grad] for values in sets]
+
+    def once(values: list[Tensor], leaves: list[Tensor]) -> None:
+        results = [r for r in function(*values) if isinstance(r, Tensor) and r.requires_grad]
+        if results and leaves:
+            gradients = [torch.ones_like(result) for result in results]
+            torch.autograd.grad(results, leaves, gradients, allow_unused=True)
+
+    once(sets[0], learning[0])
+    times: list[float] = []
+    begun = time.perf_counter()
+    while len(times) < _ROUNDS and (len(times) < 2 or time.perf_counter() - begun < _MOST_S):
+        started = time.perf_counter()
+        for values, leaves in zip(sets, learning):
+            once(values, leaves)
+        if torch.cuda.is_available() and sets[0] and sets[0][0].is_cuda:
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - started) / len(sets))
+    return statistics.median(times)
+
+
+@dataclass(frozen=True)
+class Repacking:
+    """What moving values between layouts costs, forward and backward: seconds a lane and a byte."""
+
+    lane: Mapping[str, float]
+    byte: Mapping[str, float]
+
+    def __call__(self, kind: str, lanes: int, lane_bytes: int) -> float:
+        """Seconds of one of `KINDS`, for so many lanes of so many bytes."""
+        return lanes * (self.lane[kind] + self.byte[kind] * lane_bytes)
+
+
+#: Ways of repacking: between the packed layouts, from lanes to each of them, and to lanes.
+KINDS = ("convert", "to stacked", "to channels", "to lanes")
+
+
+def repacking(table: CostTable, device: torch.device) -> Repacking:
+    """Costs of repacking, measured at two sizes where the table does not have them."""
+    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for size in _REPACKED:
+        for kind in KINDS:
+            signature = Signature(f"repacking {kind}", str(size), size)
+            known = table.get(signature, kind, _LANES)
+            if known is None:
+                known = _repack_seconds(kind, size, device)
+                table.put(signature, kind, _LANES, known)
+            seconds[kind].append(known / _LANES)
+    small, large = (32 * 8 * size * size * 4 for size in _REPACKED)
+    byte = {k: max(0.0, (b - a) / (large - small)) for k, (a, b) in seconds.items()}
+    lane = {k: max(0.0, a - byte[k] * small) for k, (a, _) in seconds.items()}
+    return Repacking(lane, byte)
+
+
+_REPACKED = (2, 12)  # heights and widths of images of 8 channels
+_LANES = 8
+
+
+def _repack_seconds(kind: str, size: int, device: torch.device) -> float:
+    stacked = [
+        torch.rand(_LANES, 32, size, size, 8, device=device).movedim(-1, -3).requires_grad_()
+        for _ in range(4)
+    ]
+    lanes = [[lane.detach().requires_grad_() for lane in value.unbind(0)] for value in stacked]
+    given = lanes if kind in ("to stacked", "to channels") else [[value] for value in stacked]
+    functions: dict[str, Callable[..., Sequence[Tensor]]] = {
+        "convert": lambda value: [to_channels(value, _LANES)],
+        "to stacked": lambda *own: [gather(list(own), STACKED)],
+        "to channels": lambda *own: [gather(list(own), CHANNELS)],
+        "to lanes": lambda value: list(unstack(value)),
+    }
+    return _timed(functions[kind], given)

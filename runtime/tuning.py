@@ -1,0 +1,358 @@
+"""The choice of how merged models are executed, from measured costs, within a budget of time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cgo.errors import CgoError, TrialError
+from cgo.graph import SOURCES, Graph, ModelId, Node, Ref, inputs_of
+from cgo.passes.assign_layouts import (
+    CHANNELS,
+    LANES,
+    STACKED,
+    Assignment,
+    Option,
+    assign_layouts,
+    bytes_of,
+)
+from cgo.runtime.choice import LOOP, LOOPED, Choice, Rules, Way, rules_for
+from cgo.runtime.costs import (
+    WIDTHS,
+    CostTable,
+    Signature,
+    Timer,
+    default_path,
+    device_key,
+    repacking,
+    signature_of,
+)
+from cgo.runtime.emitter import Types, operator_of, runs
+from cgo.runtime.forms import forms_of
+from cgo.runtime.lower import VMAP
+from cgo.tuning import Tuning
+
+log = logging.getLogger(__name__)
+
+#: Groups whose values are smaller in all are not divided: they fit into a cache.
+_CHUNKED_BYTES = 2**18
+
+#: Members with larger values are not fused more than four wide: nothing was ever gained by it.
+_LARGE_BYTES = 2**19
+
+#: What a fused form must save of a loop's time, over the number of members: narrow groups have
+#: least to gain, and pay for copies that no measurement of a single group sees.
+_MARGIN = 0.5
+
+
+@dataclass
+class Budget:
+    """Seconds that may be spent on measuring, and what was spent."""
+
+    seconds: float
+    spent: float = 0.0
+    measured: int = 0
+
+    @property
+    def left(self) -> bool:
+        """Whether more may be measured."""
+        return self.spent < self.seconds
+
+
+#: Chooses how the models of a graph are executed.
+Chooser = Callable[[Graph, Sequence[ModelId]], Choice]
+
+
+class Tuner:
+    """Chooses by cost for graphs on one device.
+
+    Args:
+        table: Known costs; measurements are added.
+        device: Where the models run.
+        rules: What is chosen where no cost is known.
+        tuning: What may be measured.
+        steps: Planned training steps.
+        record: Where choices are written to, and found again; None: nowhere.
+        tell: Hears of each choice, as JSON values.
+    """
+
+    def __init__(
+        self,
+        table: CostTable,
+        device: torch.device,
+        rules: Rules,
+        tuning: Tuning,
+        steps: int = 0,
+        record: Record | None = None,
+        tell: Callable[..., None] = lambda what, **figures: None,
+    ) -> None:
+        self.table, self.device, self.rules, self.steps = table, device, rules, steps
+        self.tuning, self.record, self.tell = tuning, record, tell
+        self.budget = Budget(0.0)
+        self.assignment = Assignment({}, 0.0, 0.0)  # the last one
+
+    def __call__(self, graph: Graph, models: Sequence[ModelId]) -> Choice:
+        """Divide models into programs by rule, and decide each group of a training program."""
+        rules = Rules() if self.tuning.forced else self.rules
+        ruled = rules(graph, models)
+        found = None if self.record is None else self.record.find(ruled)
+        options = self._decide(graph, models, ruled) if found is None else found
+        if self.record is not None:
+            self.record.add(ruled, options)
+        self.tell(
+            "tuned",
+            groups=len(options),
+            programs=len(ruled.programs),
+            measured=self.budget.measured,
+            seconds=self.budget.spent,
+        )
+        return _applied(ruled, options)
+
+    def _decide(
+        self, graph: Graph, models: Sequence[ModelId], ruled: Choice
+    ) -> Mapping[str, Option]:
+        if not self.budget.seconds:
+            self.budget.seconds = self.tuning.budget_s(self.steps * _step_s(graph, models))
+        self.assignment = self._assignment(ruled.graph)
+        return self.assignment.options
+
+    def _assignment(self, graph: Graph) -> Assignment:
+        groups: dict[str, list[Node]] = {}
+        for members in runs(graph.nodes):
+            name = members[0].group
+            if name is not None and len(members) > 1 and _trains(members[0]):
+                groups[name] = members
+        types, timer = _types(graph), self.timer(graph)
+        options: dict[str, list[Option]] = {}
+        decide = self._forced if self.tuning.forced else self._options
+        for name in sorted(groups, key=lambda name: -_weight(groups[name], types)):
+            options[name] = decide(groups[name], types, timer)
+        moving = repacking(self.table, self.device)
+        return assign_layouts(graph, options, moving)
+
+    def timer(self, graph: Graph) -> Timer:
+        """Measures groups of a graph on this device."""
+        handed = SOURCES | {"cgo.random"}
+        sources = {node.name: node for node in graph.nodes if node.op in handed}
+        return Timer(self.device, _types(graph), sources)
+
+    def _options(self, nodes: Sequence[Node], types: Types, timer: Timer) -> list[Option]:
+        shared = [len({refs[i] for refs in map(_refs, nodes)}) == 1 for i in range(_inputs(nodes))]
+        # Branches of a single model gain less by being one operator than their gradients lose.
+        if (shared and all(shared)) or len(frozenset().union(*(n.owners for n in nodes))) == 1:
+            return [Option(LOOPED, LANES, 1, 0.0)]
+        signature = signature_of(nodes[0], types, shared)
+        size = len(nodes)
+        largest = max((bytes_of(types[ref]) for ref in _all_refs(nodes[0])), default=0)
+        found: list[Option] = []
+        for form, layout in _ways(nodes[0]):
+            for width in _widths(size, largest, form):
+                seconds = self._cost(signature, nodes, Way(form, layout), width, timer)
+                if seconds is not None and math.isfinite(seconds):
+                    found.append(Option(form, layout, width, seconds))
+        loops = [option for option in found if option.form == LOOPED]
+        if not loops or len(loops) == len(found):
+            return [self._ruled(nodes, largest)]
+        limit = loops[0].seconds * (1 - _MARGIN / size)
+        return loops + [o for o in found if o.form != LOOPED and o.seconds < limit]
+
+    def _forced(self, nodes: Sequence[Node], types: Types, timer: Timer) -> list[Option]:
+        width = min(self.tuning.width or len(nodes), len(nodes))
+        layout = self.tuning.layout
+        if layout == LANES or width == 1:
+            return [Option(LOOPED, LANES, 1, 0.0)]
+        ways = _ways(nodes[0])[1:]
+        form, found = next((way for way in ways if way[1] == layout), ways[0])
+        return [Option(form, found, width, 0.0)]
+
+    def _cost(
+        self, signature: Signature, nodes: Sequence[Node], way: Way, width: int, timer: Timer
+    ) -> float | None:
+        """Seconds of a whole group executed one way, so many members at once."""
+        measured = 1 if way.form == LOOPED else _measured_width(width)
+        key = f"{way.form}/{way.layout}"
+        known = self.table.get(signature, key, measured)
+        if known is None and self.budget.left:
+            started = time.perf_counter()
+            known = timer.seconds(nodes[:measured], way)
+            self.table.put(signature, key, measured, known)
+            self.budget.spent += time.perf_counter() - started
+            self.budget.measured += 1
+        if known is not None:
+            return known / measured * len(nodes)
+        for narrower in (w for w in (1, *WIDTHS)[::-1] if w <= measured):
+            if (known := self.table.near(signature, key, narrower)) is not None:
+                return known / narrower * len(nodes)
+        return None
+
+    def _ruled(self, nodes: Sequence[Node], largest: int) -> Option:
+        """What the rules say, where costs are not known."""
+        if largest > self.rules.most_lane_bytes:
+            return Option(LOOPED, LANES, 1, 0.0)
+        form, layout = _ways(nodes[0])[-1]
+        return Option(form, layout, len(nodes), 0.0)
+
+
+class Record:
+    """A trial's choices, in a file of its folder: a trial that goes on, or is repeated, finds them.
+
+    Args:
+        path: Where choices are written; what is there already is found.
+        given: Another trial's file, whose choices are found as well.
+        device: Choices of another device, version or number of threads are not found.
+
+    Raises:
+        TrialError: a file is no such record.
+    """
+
+    def __init__(self, path: Path, device: torch.device, given: str | None = None) -> None:
+        self._path, self._device = path, device_key(device)
+        self._choices: dict[str, dict[str, list[Any]]] = {}
+        for source in (Path(given) if given else None, path if path.exists() else None):
+            if source is not None:
+                self._choices |= self._read(source)
+
+    def _read(self, path: Path) -> dict[str, dict[str, list[Any]]]:
+        try:
+            document = json.loads(path.read_text())
+            if document["device"] != self._device:
+                return {}
+            return dict(document["choices"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise TrialError(
+                f"{path} is no record of lowering choices: {type(error).__name__}: {error}; give a "
+                "trial's lowering.json, or none"
+            ) from error
+
+    def find(self, ruled: Choice) -> dict[str, Option] | None:
+        """What was chosen for this graph, divided so."""
+        found = self._choices.get(_key(ruled))
+        return None if found is None else {name: Option(*row) for name, row in found.items()}
+
+    def add(self, ruled: Choice, options: Mapping[str, Option]) -> None:
+        """Keep a choice."""
+        rows = {name: [o.form, o.layout, o.width, o.seconds] for name, o in options.items()}
+        self._choices[_key(ruled)] = rows
+        document = {"device": self._device, "choices": self._choices}
+        partial = self._path.with_suffix(".part")
+        partial.write_text(json.dumps(document, indent=1) + "\n")
+        partial.replace(self._path)
+
+
+def _key(ruled: Choice) -> str:
+    """What a choice holds for: the graph with its groups, and its programs."""
+    nodes = [(node.name, node.op, node.group) for node in ruled.graph.nodes]
+    text = repr((nodes, ruled.programs))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+#: Rough costs of a training step, to plan with: seconds for a node, and for a byte that it gives.
+_NODE_S = 2e-5
+_BYTE_S = 2e-9
+
+
+def _step_s(graph: Graph, models: Sequence[ModelId]) -> float:
+    """About what a step of these models takes."""
+    own = set(models)
+    found = [node for node in graph.nodes if _trains(node) and not own.isdisjoint(node.owners)]
+    size = sum(bytes_of(type_) for node in found for type_ in node.types)
+    return _NODE_S * len(found) + _BYTE_S * size
+
+
+def make_tuner(tuning: Tuning, device: torch.device, steps: int = 0) -> Tuner:
+    """A tuner with the user's own table of costs, that keeps no record.
+
+    Args:
+        tuning: The settings.
+        device: Where the models run.
+        steps: Planned training steps.
+    """
+    try:
+        table = CostTable(default_path() if tuning.measure else None, device)
+    except CgoError as error:  # slower to begin with, but no reason not to train
+        log.warning("%s", error)
+        table = CostTable(None, device)
+    return Tuner(table, device, rules_for(device), tuning, steps)
+
+
+def _applied(ruled: Choice, options: Mapping[str, Option]) -> Choice:
+    """The graph with groups named as they are to be executed."""
+    ways: dict[str, Way] = {}
+    nodes: list[Node] = []
+    for members in runs(ruled.graph.nodes):
+        name = members[0].group
+        option = options.get(name or "")
+        if name is None or option is None:
+            nodes += members
+            continue
+        plain = name.removesuffix(LOOP)
+        if option.form == LOOPED:
+            nodes += [replace(node, group=plain + LOOP) for node in members]
+            continue
+        for start in range(0, len(members), option.width):
+            part = members[start : start + option.width]
+            own = plain if option.width >= len(members) else f"{plain}/{start // option.width}"
+            ways[own] = Way(option.form, option.layout)
+            nodes += [replace(n, group=own if len(part) > 1 else None) for n in part]
+    return Choice(Graph(tuple(nodes), ruled.graph.outputs), ruled.programs, ways)
+
+
+def _types(graph: Graph) -> Types:
+    return {
+        Ref(node.name, index): type_
+        for node in graph.nodes
+        for index, type_ in enumerate(node.types)
+    }
+
+
+def _trains(node: Node) -> bool:
+    return "/train/" in node.name
+
+
+def _refs(node: Node) -> tuple[Ref, ...]:
+    return tuple(inputs_of(node))
+
+
+def _inputs(nodes: Sequence[Node]) -> int:
+    return len(_refs(nodes[0]))
+
+
+def _all_refs(node: Node) -> list[Ref]:
+    return [*inputs_of(node), *(Ref(node.name, index) for index in range(len(node.types)))]
+
+
+def _weight(nodes: Sequence[Node], types: Types) -> int:
+    """What is measured first: groups that move most."""
+    return len(nodes) * sum(bytes_of(types[ref]) for ref in _all_refs(nodes[0]))
+
+
+def _ways(node: Node) -> list[tuple[str, str]]:
+    """Forms with the layouts that they can have, in the order of preference; a loop first."""
+    found: list[tuple[str, str]] = [(LOOPED, LANES)]
+    for form in forms_of(operator_of(node)):
+        layouts = (STACKED, CHANNELS) if form.layouts == "either" else (form.layouts,)
+        found += [(form.name, layout) for layout in layouts]
+    if len(found) == 1:
+        found.append((VMAP, STACKED))
+    return found
+
+
+def _widths(size: int, largest: int, form: str) -> list[int]:
+    if form == LOOPED:
+        return [1]
+    chunks = [w for w in (2, 4, 8) if w < size and largest * size > _CHUNKED_BYTES]
+    return chunks if largest > _LARGE_BYTES and chunks else [*chunks, size]
+
+
+def _measured_width(width: int) -> int:
+    """The next smaller of the widths that are measured; costs a member are alike between them."""
+    return max(w for w in WIDTHS if w <= max(width, WIDTHS[0]))

@@ -1,0 +1,132 @@
+"""The table of measured costs, and measuring."""
+
+import math
+import sqlite3
+
+import pytest
+import torch
+from support.merged import Case
+
+from cgo.errors import CgoError
+from cgo.graph import SOURCES, Ref
+from cgo.planner import Planner
+from cgo.runtime.choice import LOOPED, Way
+from cgo.runtime.costs import KINDS, CostTable, Signature, Timer, repacking, signature_of
+from cgo.runtime.emitter import operator_of, runs
+from cgo.runtime.forms import forms_of
+
+CPU = torch.device("cpu")
+
+
+def signature(elements, family="f"):
+    return Signature(family, str(elements), elements)
+
+
+def test_costs_outlive_the_process(tmp_path):
+    path = tmp_path / "deep" / "costs.sqlite"
+    CostTable(path, CPU).put(signature(8), "form/stacked", 4, 0.5)
+    again = CostTable(path, CPU)
+    assert again.get(signature(8), "form/stacked", 4) == 0.5
+    assert again.get(signature(8), "form/stacked", 2) is None
+    assert again.get(signature(8), "form/channels", 4) is None
+
+
+def test_what_cannot_be_done_is_kept_as_well(tmp_path):
+    path = tmp_path / "costs.sqlite"
+    CostTable(path, CPU).put(signature(8), "form/stacked", 4, math.inf)
+    assert CostTable(path, CPU).get(signature(8), "form/stacked", 4) == math.inf
+
+
+def test_costs_of_another_device_are_not_used(tmp_path):
+    path = tmp_path / "costs.sqlite"
+    CostTable(path, CPU).put(signature(8), "form/stacked", 4, 0.5)
+    with sqlite3.connect(path) as file:
+        file.execute("UPDATE costs SET device = 'another machine'")
+    assert CostTable(path, CPU).get(signature(8), "form/stacked", 4) is None
+
+
+def test_threads_are_part_of_the_key(tmp_path):
+    before = torch.get_num_threads()
+    table = CostTable(None, CPU)
+    try:
+        torch.set_num_threads(before + 1)
+        assert CostTable(None, CPU).key != table.key
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_damaged_file_says_where_it_is_and_what_to_do(tmp_path):
+    path = tmp_path / "costs.sqlite"
+    path.write_bytes(b"no database" * 1000)
+    with pytest.raises(CgoError, match=r"costs.sqlite, cannot be used: .*; remove it"):
+        CostTable(path, CPU)
+
+
+def test_between_sizes_costs_are_interpolated():
+    table = CostTable(None, CPU)
+    for elements, seconds in ((100, 1.0), (10_000, 4.0)):
+        table.put(signature(elements, "own"), "w", 2, seconds)
+    assert table.near(signature(1000, "own"), "w", 2) == pytest.approx(2.0)
+    assert table.near(signature(100, "own"), "w", 2) == 1.0
+    assert table.near(signature(20_000, "own"), "w", 2) == pytest.approx(8.0)
+    assert table.near(signature(10, "own"), "w", 2) == 1.0  # a call costs something
+    assert table.near(signature(10, "other"), "w", 2) is None
+
+
+def groups(*factories, tmp_path):
+    cases = [Case(f"{factory}{n}", factory, seed=n) for factory in factories for n in range(2)]
+    graph = Planner().plan([case.model() for case in cases], tmp_path).graph_data.graph
+    types = {Ref(n.name, i): t for n in graph.nodes for i, t in enumerate(n.types)}
+    sources = {n.name: n for n in graph.nodes if n.op in SOURCES | {"cgo.random"}}
+    found = [m for m in runs(graph.nodes) if len(m) > 1 and "/train/" in m[0].name]
+    return found, types, Timer(CPU, types, sources)
+
+
+def test_every_group_can_be_timed_as_a_loop_and_in_its_forms(tmp_path):
+    found, _, timer = groups("cnn", "cells", "mlp", tmp_path=tmp_path)
+    fused = set()
+    for members in found:
+        assert 0 < timer.seconds(members[:1], Way(LOOPED, "lanes")) < 1
+        for form in forms_of(operator_of(members[0])):
+            seconds = timer.seconds(members, Way(form.name, "stacked"))
+            assert seconds > 0
+            if math.isfinite(seconds):
+                fused.add(form.name)
+    assert {"grouped convolution", "elementwise", "batch norm over channels"} <= fused
+
+
+def test_a_form_that_does_not_apply_costs_infinity(tmp_path):
+    found, _, timer = groups("mlp", tmp_path=tmp_path)
+    linear = next(m for m in found if operator_of(m[0]) == "aten.linear")
+    assert timer.seconds(linear, Way("folded linear", "stacked")) == math.inf
+
+
+def test_signatures_tell_sizes_from_families(tmp_path):
+    found, types, _ = groups("mlp", tmp_path=tmp_path)
+    linear = [m[0] for m in found if operator_of(m[0]) == "aten.linear"]
+    first, second = (signature_of(node, types, [False] * 3) for node in linear[:2])
+    assert first.family == second.family
+    assert first.sizes != second.sizes
+    assert signature_of(linear[0], types, [True, False, False]).family != first.family
+
+
+def test_repacking_costs_grow_with_lanes_and_bytes(tmp_path):
+    moving = repacking(CostTable(tmp_path / "costs.sqlite", CPU), CPU)
+    for kind in KINDS:
+        assert 0 <= moving(kind, 4, 1000) <= moving(kind, 8, 1000) <= moving(kind, 8, 10**6)
+    assert moving("convert", 8, 10**6) > 0
+
+
+def test_shipped_costs_of_another_device_are_better_than_nothing():
+    shipped = CostTable(None, CPU, shipped=False)
+    shipped._ship("another machine", [("f", "s", 8, "w", 2, 0.5)])
+    asked = Signature("f", "s", 8)
+    assert shipped.get(asked, "w", 2) is None  # worth measuring
+    assert shipped.near(asked, "w", 2) == 0.5
+    shipped._ship(shipped.key, [("f", "s", 8, "w", 2, 0.25)])
+    assert shipped.get(asked, "w", 2) == 0.25
+
+
+def test_a_table_ships_for_the_cpu():
+    table = CostTable(None, CPU)
+    assert len(table._rows) + len(table._foreign) > 500

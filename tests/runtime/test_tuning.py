@@ -1,0 +1,130 @@
+"""The choice by cost in whole trials: forced, measured, recorded and repeated."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from support.merged import Case, Merged, assert_equal_float64
+
+import cgo
+from cgo.errors import TrialError
+from cgo.runtime.choice import LOOP, Rules
+from cgo.runtime.costs import CostTable
+from cgo.runtime.tuning import Record, Tuner, make_tuner
+from cgo.tuning import Tuning
+
+CPU = torch.device("cpu")
+
+
+def cases(**training):
+    training = {"epochs": 3, "precision": "float64", **training}
+    families = ("cnn", "cnn", "cells", "cells", "mlp", "mlp")
+    return [
+        Case(f"m{n}", family, {}, seed=n, training=training) for n, family in enumerate(families)
+    ]
+
+
+def tuned(merged):
+    return [e.value for e in merged.events if e.kind == "trial" and e.value["what"] == "tuned"]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return {case.id: case.alone() for case in cases()}
+
+
+def test_a_measured_choice_trains_as_alone_and_says_what_it_cost(tmp_path, alone, monkeypatch):
+    monkeypatch.setenv("CGO_CACHE", str(tmp_path / "cache"))
+    # A share of all training is enough for everything, however short this one is.
+    merged = Merged(cases(), tmp_path, tuning=cgo.Tuning(share=1.0))
+    for case in cases():
+        assert_equal_float64(merged, case, alone[case.id])
+    (told,) = tuned(merged)
+    assert told["groups"] > 10
+    assert told["seconds"] > 0
+    again = Merged(cases(), tmp_path / "again", tuning=cgo.Tuning(share=1.0))
+    assert tuned(again)[0]["measured"] < told["measured"] or told["measured"] == 0
+
+
+def test_repeating_a_trial_with_its_record_gives_the_same_bits(tmp_path):
+    given = cases(precision="float32")
+    first = Merged(given, tmp_path / "first", tuning=cgo.Tuning(share=1.0))
+    record = tmp_path / "first" / "lowering.json"
+    repeated = Merged(given, tmp_path / "second", tuning=cgo.Tuning(record=str(record)))
+    assert tuned(repeated)[0]["measured"] == 0
+    for case in given:
+        assert first.losses[case.id] == repeated.losses[case.id]
+        left, right = first.state(case.id), repeated.state(case.id)
+        assert all(torch.equal(left[name], right[name]) for name in left)
+    assert options(record) == options(tmp_path / "second" / "lowering.json")
+
+
+def options(path):
+    return json.loads(path.read_text())["choices"]
+
+
+def test_a_trial_that_goes_on_in_its_folder_chooses_as_before(tmp_path):
+    given = cases(precision="float32")
+    forced = Merged(given, tmp_path / "a", tuning=cgo.Tuning(layout="lanes"))
+    (tmp_path / "b").mkdir()
+    shutil.copy(tmp_path / "a" / "lowering.json", tmp_path / "b" / "lowering.json")
+    again = Merged(given, tmp_path / "b", tuning=cgo.Tuning(layout="lanes"))
+    assert again.losses == forced.losses
+
+
+def test_a_record_of_another_device_or_search_is_not_used(tmp_path):
+    record = tmp_path / "lowering.json"
+    record.write_text(json.dumps({"device": "another", "choices": {"key": {}}}))
+    assert Record(tmp_path / "own.json", CPU, str(record))._choices == {}
+
+
+@pytest.mark.parametrize("text", ["[1]", "{}", "not json"])
+def test_what_is_no_record_is_refused(tmp_path, text):
+    record = tmp_path / "given.json"
+    record.write_text(text)
+    with pytest.raises(TrialError, match=r"given.json is no record of lowering choices"):
+        Record(tmp_path / "own.json", CPU, str(record))
+
+
+def test_a_missing_record_is_refused(tmp_path):
+    with pytest.raises(TrialError, match="is no record"):
+        Record(tmp_path / "own.json", CPU, str(tmp_path / "nowhere.json"))
+
+
+def plan(tmp_path):
+    merged = Merged(cases(epochs=1), tmp_path)
+    graph = merged.plan.graph_data.graph
+    return graph, sorted({output.model for output in graph.outputs})
+
+
+def test_without_a_budget_nothing_is_measured(tmp_path):
+    graph, models = plan(tmp_path)
+    tuner = make_tuner(Tuning(measure=False), CPU, 10**6)
+    choice = tuner(graph, models)
+    assert tuner.budget.measured == 0
+    assert choice.programs
+
+
+def test_forced_layouts_and_widths_are_followed(tmp_path):
+    graph, models = plan(tmp_path)
+    table = CostTable(None, CPU)
+    loops = Tuner(table, CPU, Rules(), Tuning(layout="lanes"))(graph, models)
+    names = {n.group for n in loops.graph.nodes if n.group and "/train/" in n.name}
+    assert all(name.endswith(LOOP) for name in names)
+    narrow = Tuner(table, CPU, Rules(), Tuning(width=2))(graph, models)
+    sizes = {}
+    for node in narrow.graph.nodes:
+        if node.group in narrow.ways:
+            sizes[node.group] = sizes.get(node.group, 0) + 1
+    assert set(sizes.values()) == {2}
+    channels = Tuner(table, CPU, Rules(), Tuning(layout="channels"))(graph, models)
+    assert {"stacked", "channels"} == {way.layout for way in channels.ways.values()}
+
+
+def test_a_table_that_cannot_be_opened_stops_no_training(tmp_path, monkeypatch, caplog):
+    (tmp_path / "costs.sqlite").write_bytes(b"no database" * 1000)
+    monkeypatch.setenv("CGO_CACHE", str(tmp_path))
+    tuner = make_tuner(Tuning(), CPU, 10)
+    assert "cannot be used" in caplog.text
+    assert tuner.table is not None
