@@ -6,13 +6,15 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from cgo.graph import Graph, Node, restrict
+from cgo.graph import Graph, Node, program_of, restrict
 from cgo.passes.batch_operators import BatchOperators, operators
 from cgo.passes.ungrouped import ungrouped
 from cgo.passes.unmerged import Family
+from cgo.runtime.builder import Decision
 from cgo.runtime.choice import LOOP, LOOPED, Choice, Way
+from cgo.runtime.costs import Timer
 from cgo.runtime.emitter import operator_of
-from cgo.runtime.lower import Decision, lower
+from cgo.runtime.lower import lower
 from cgo.runtime.packing import plan_packs
 from cgo.runtime.tuning import Tuner
 
@@ -107,10 +109,10 @@ def fusion_report(graph: Graph, options: BatchOperators, tuner: Tuner) -> Fusion
 def _timings(choice: Choice, tuner: Tuner, programs: Sequence[str]) -> tuple[Timing, ...]:
     """What each group was predicted to take, and what it takes."""
     known = {name.removesuffix(LOOP): o for name, o in tuner.assignment.options.items()}
-    timer = tuner.timer(choice.graph)
+    timer = Timer(tuner.device, choice.graph)
     members_of: dict[str, list[Node]] = defaultdict(list)
     for node in choice.graph.nodes:
-        if node.group is not None and "/".join(node.name.split("/")[1:3]) in programs:
+        if node.group is not None and program_of(node) in programs:
             members_of[node.group].append(node)
     total: dict[tuple[str, str], list[float]] = {}
     sizes = Counter(_plain(name) for name, nodes in members_of.items() for _ in nodes)

@@ -8,6 +8,7 @@ what passes have merged); an `Output` says which program and which model a value
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -105,8 +106,30 @@ class Graph:
 
 
 SOURCES = frozenset({"cgo.input", "cgo.parameter", "cgo.buffer", "cgo.constant"})
+#: Nodes that compute nothing from others: their values are handed to a program.
+HANDED = SOURCES | {"cgo.random"}
 #: Sources that a model owns: their keyword arguments name it and the path in its module.
 STATE = frozenset({"cgo.parameter", "cgo.buffer"})
+
+
+def bytes_of(type_: TensorType | None) -> int:
+    """The size of a value of this type; nothing for what is no tensor."""
+    import torch
+
+    if type_ is None:
+        return 0
+    itemsize: int = getattr(torch, type_.dtype).itemsize
+    return math.prod(type_.shape) * itemsize
+
+
+def program_of(node: Node) -> str:
+    """The program that an operator was captured for: "train/64", split and samples of a batch."""
+    return "/".join(node.name.split("/")[1:3])
+
+
+def is_training(node: Node) -> bool:
+    """Whether an operator was captured for a training program."""
+    return program_of(node).startswith("train/")
 
 
 def references(argument: Argument) -> Iterator[Ref]:

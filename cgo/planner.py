@@ -83,7 +83,7 @@ class Planner:
         self._examples: dict[str, Examples] = {}
         self._captured: dict[ModelId, Captured] = {}  # early
         self._failed: dict[ModelId, str] = {}  # why an early capture could not be
-        self._early_s = 0.0
+        self._capture_s = 0.0
 
     def content(self, model: Model) -> str:
         """A digest of all that decides a model's result; equal content means an equal result.
@@ -113,7 +113,7 @@ class Planner:
                     self._captured[id_] = self._capture(model)
                 except CgoError as error:
                     self._failed[id_] = str(error)
-        self._early_s += time.perf_counter() - started
+        self._capture_s += time.perf_counter() - started
 
     def plan(
         self, models: Sequence[Model], folder: Path, experiment: Mapping[str, Any] | None = None
@@ -125,10 +125,8 @@ class Planner:
             folder: The trial's own folder.
             experiment: JSON settings that the trial reads with `cgo.trial.experiment_config`.
         """
-        started = time.perf_counter()
         captured, failures = self._capture_all(models)
-        capture_s = time.perf_counter() - started + self._early_s
-        self._early_s = 0.0
+        capture_s, self._capture_s = self._capture_s, 0.0
         started = time.perf_counter()
         kept = [model for model in models if model.model_id in captured]
         aliases = self._aliases(kept) if self._merge else {}
@@ -145,18 +143,10 @@ class Planner:
     def _capture_all(
         self, models: Sequence[Model]
     ) -> tuple[dict[ModelId, Captured], dict[ModelId, str]]:
-        captured: dict[ModelId, Captured] = {}
-        failures: dict[ModelId, str] = {}
-        for model in models:
-            if (failure := self._failed.pop(model.model_id, None)) is not None:
-                failures[model.model_id] = failure
-                continue
-            try:
-                early = self._captured.pop(model.model_id, None)
-                captured[model.model_id] = early or self._capture(model)
-            except CgoError as error:
-                failures[model.model_id] = str(error)
-        return captured, failures
+        self.capture(models)
+        ids = [model.model_id for model in models]
+        failures = {id_: self._failed.pop(id_) for id_ in ids if id_ in self._failed}
+        return {id_: self._captured.pop(id_) for id_ in ids if id_ in self._captured}, failures
 
     def _capture(self, model: Model) -> Captured:
         return self._capturer.capture(model, self._examples_of(model.data))

@@ -251,7 +251,8 @@ class Scheduler:
 
         Every n-th model, so that each worker gets some of every family.
         """
-        workers = min(len(self._platform.idle_workers()), len(batch.models) // _LEAST_SHARE)
+        shares = len(batch.models) // _LEAST_SHARE
+        workers = min(shares, len(self._platform.idle_workers())) if shares > 1 else 1
         if workers < 2:
             return batch
         mine = batch.models[::workers]

@@ -8,7 +8,10 @@ from typing import Any
 
 from cgo.errors import SpecError
 
-_LAYOUTS = ("lanes", "stacked", "channels")
+#: How the values of a group lie: as tensors of their own, as (M, ...), or as (N, M*C, ...).
+LANES, STACKED, CHANNELS = "lanes", "stacked", "channels"
+
+_LAYOUTS = (LANES, STACKED, CHANNELS)
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,13 @@ descent, from several beginnings; it finds a local optimum, at least as good as 
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from cgo.graph import SOURCES, Graph, Node, Ref, TensorType, inputs_of
-
-#: Layouts of a group's values; "lanes" are tensors of their own.
-LANES, STACKED, CHANNELS = "lanes", "stacked", "channels"
+from cgo.graph import HANDED, Graph, Node, Ref, TensorType, bytes_of, inputs_of
+from cgo.tuning import CHANNELS, LANES
 
 #: Seconds of a kind of repacking ("convert", "to lanes", "to stacked", "to channels"), for a number
 #: of lanes of a number of bytes.
@@ -102,7 +99,7 @@ class _Problem:
                 assert node.group is not None
                 members[node.group].append(node)
                 home[node.name] = node.group
-        sources = {node.name for node in graph.nodes if node.op in SOURCES | {"cgo.random"}}
+        sources = {node.name for node in graph.nodes if node.op in HANDED}
         types = {node.name: node.types for node in graph.nodes}
         for name, nodes in members.items():
             group = self.groups[name] = _Group(len(nodes), options[name])
@@ -204,11 +201,3 @@ class _Problem:
         if option.layout == CHANNELS:
             total += self.repacking("convert", group.size, group.lane_bytes)
         return total
-
-
-def bytes_of(type_: TensorType | None) -> int:
-    """The size of a value of this type."""
-    if type_ is None:
-        return 0
-    bits = "".join(c for c in type_.dtype if c.isdigit())
-    return math.prod(type_.shape) * (int(bits) // 8 if bits else 1)

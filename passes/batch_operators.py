@@ -17,11 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from cgo.graph import SOURCES, Graph, Node, Ref, TensorType, inputs_of
+from cgo.graph import HANDED, SOURCES, Graph, Node, Ref, TensorType, inputs_of
 from cgo.passes.sharing import argument_key
-
-#: Nodes that compute nothing from others: values handed to a program.
-_HANDED = SOURCES | {"cgo.random"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class BatchOperators:
         order = _Agenda(graph, self).best()
         if not any(len(group) > 1 for group in order) and not any(n.group for n in graph.nodes):
             return graph
-        nodes = [node for node in graph.nodes if node.op in _HANDED]
+        nodes = [node for node in graph.nodes if node.op in HANDED]
         for number, group in enumerate(order):
             name = f"g{number}" if len(group) > 1 else None
             for node in group:
@@ -64,7 +61,7 @@ class BatchOperators:
 
 def operators(graph: Graph) -> list[Node]:
     """The nodes that compute something, in order."""
-    return [node for node in graph.nodes if node.op not in _HANDED]
+    return [node for node in graph.nodes if node.op not in HANDED]
 
 
 class _Agenda:

@@ -16,7 +16,17 @@ from dataclasses import dataclass, field, replace
 import networkx
 import torch
 
-from cgo.graph import SOURCES, Graph, ModelId, Node, TensorType, inputs_of
+from cgo.graph import (
+    SOURCES,
+    Graph,
+    ModelId,
+    Node,
+    TensorType,
+    bytes_of,
+    inputs_of,
+    is_training,
+    program_of,
+)
 from cgo.operators import aten
 from cgo.runtime.emitter import runs
 
@@ -119,7 +129,7 @@ def _sharing(graph: Graph, models: Sequence[ModelId]) -> list[list[ModelId]]:
 def _costly(node: Node) -> bool:
     overload = aten(node.op)
     view = overload is not None and overload.is_view
-    return node.op not in SOURCES and not view and sum(map(_bytes, node.types)) > _CHEAP_BYTES
+    return node.op not in SOURCES and not view and sum(map(bytes_of, node.types)) > _CHEAP_BYTES
 
 
 def _by_likeness(graph: Graph, parts: Sequence[list[ModelId]]) -> list[list[ModelId]]:
@@ -136,9 +146,9 @@ def _activation_bytes(graph: Graph) -> Mapping[ModelId, int]:
     """Bytes of all that a model's operators give in its largest training program."""
     sizes: dict[tuple[ModelId, str], int] = defaultdict(int)
     for node in graph.nodes:
-        if node.op not in SOURCES and "/train/" in node.name:
+        if node.op not in SOURCES and is_training(node):
             for model in node.owners:
-                sizes[model, node.name.split("/")[2]] += sum(map(_bytes, node.types))
+                sizes[model, program_of(node)] += sum(map(bytes_of, node.types))
     found: dict[ModelId, int] = defaultdict(int)
     for (model, _), size in sizes.items():
         found[model] = max(found[model], size)
@@ -148,10 +158,4 @@ def _activation_bytes(graph: Graph) -> Mapping[ModelId, int]:
 def _lane_bytes(node: Node, types: Mapping[str, tuple[TensorType | None, ...]]) -> int:
     """The largest value that a node reads or gives; weights count as well."""
     read = [types[ref.name][ref.index] for ref in inputs_of(node)]
-    return max(map(_bytes, [*read, *node.types]), default=0)
-
-
-def _bytes(type_: TensorType | None) -> int:
-    if type_ is None:
-        return 0
-    return math.prod(type_.shape) * getattr(torch, type_.dtype).itemsize
+    return max(map(bytes_of, [*read, *node.types]), default=0)

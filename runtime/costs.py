@@ -26,13 +26,14 @@ import torch
 from torch import Tensor, fx
 
 from cgo.errors import CgoError
-from cgo.graph import Node, Ref, TensorType, inputs_of
+from cgo.graph import HANDED, Graph, Node, Ref, TensorType, inputs_of
 from cgo.machine import devices
 from cgo.passes.sharing import argument_key
+from cgo.runtime.builder import Builder
 from cgo.runtime.choice import LOOPED, Way
 from cgo.runtime.emitter import Column, Emitter, Group, Packed, Types, make_group
-from cgo.runtime.layouts import CHANNELS, IMAGES, STACKED, gather, to_channels, unstack
-from cgo.runtime.lower import Builder
+from cgo.runtime.layouts import IMAGES, gather, to_channels, unstack
+from cgo.tuning import CHANNELS, STACKED
 
 #: Timed rounds of one measurement, and its most seconds.
 _ROUNDS = 5
@@ -215,27 +216,34 @@ class Timer:
 
     Args:
         device: Where.
-        types: Of all references in the graph.
-        sources: The producers of references that are handed to the program, by name.
+        graph: What the groups are of.
+
+    Attributes:
+        types: The type of every reference in the graph.
     """
 
-    def __init__(self, device: torch.device, types: Types, sources: Mapping[str, Node]) -> None:
-        self._device, self._types, self._sources = device, types, sources
+    def __init__(self, device: torch.device, graph: Graph) -> None:
+        self._device = device
+        self._sources = {node.name: node for node in graph.nodes if node.op in HANDED}
+        self.types: Types = {
+            Ref(node.name, index): type_
+            for node in graph.nodes
+            for index, type_ in enumerate(node.types)
+        }
 
     def seconds(self, nodes: Sequence[Node], way: Way) -> float:
         """Forward and backward of a group executed one way; infinite where that is impossible."""
-        group = make_group(nodes, self._types)
-        emitter = Emitter(self._device, self._types, _once(nodes), self._device.type == "cpu")
+        group = make_group(nodes, self.types)
+        emitter = Emitter(self._device, self.types, _once(nodes), self._device.type == "cpu")
         builder = Builder(emitter, nodes[0].autocast)
         given = self._given(emitter, group, way)
         results = builder.write_way(group, way)
         if results is None:
             return math.inf
-        emitter.graph.output(tuple(results))
-        module = fx.GraphModule(torch.nn.Module(), emitter.graph)
+        function = builder.compiled(results)
         size = sum(math.prod(shape) * 4 for _, shape, _, _ in given)
         sets = max(1, min(_MOST_SETS, int(_ROTATED_BYTES / max(size, 1))))
-        return _timed(module.forward, [[self._value(g) for g in given] for _ in range(sets)])
+        return _timed(function, [[self._value(g) for g in given] for _ in range(sets)])
 
     def _given(
         self, emitter: Emitter, group: Group, way: Way

@@ -13,16 +13,9 @@ from torch import Tensor, fx
 
 from cgo.graph import Argument, Node, Ref, Symbol, TensorType
 from cgo.operators import aten, named_arguments
-from cgo.runtime.layouts import (
-    CHANNELS,
-    STACKED,
-    channels_last,
-    gather,
-    to_channels,
-    to_stacked,
-    unstack,
-)
+from cgo.runtime.layouts import channels_last, gather, to_channels, to_stacked, unstack
 from cgo.runtime.operators import symbol_value
+from cgo.tuning import CHANNELS, STACKED
 
 #: The value of a reference, as its own tensor or as a lane.
 Types = Mapping[Ref, "TensorType | None"]

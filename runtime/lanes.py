@@ -17,10 +17,11 @@ from torch import Tensor
 from cgo.errors import DataError
 from cgo.graph import Graph, ModelId, Node, Output, homes, restrict
 from cgo.model import loss_function
+from cgo.runtime.builder import Result as LoweredResult
+from cgo.runtime.builder import Source
 from cgo.runtime.choice import Choice, rules_for
 from cgo.runtime.data import Leaves, preserved_random_state
-from cgo.runtime.lower import Lowered, Source, lower
-from cgo.runtime.lower import Result as LoweredResult
+from cgo.runtime.lower import Lowered, lower
 from cgo.runtime.member import Member
 from cgo.runtime.operators import Fill, empty, filler
 from cgo.runtime.packing import PackedState, Place, learning_places, plan_packs, release

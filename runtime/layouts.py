@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Layouts of a packed value of M lanes.
-STACKED = "stacked"  # (M, ...)
-CHANNELS = "channels"  # lanes side by side along axis 1: (N, M*C, ...)
+from cgo.tuning import STACKED
 
 #: Dimensions of a batch of images.
 IMAGES = 4

@@ -12,7 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cgo.graph import STATE, Graph, ModelId, Node, Ref, homes, inputs_of
+from cgo.graph import (
+    STATE,
+    Graph,
+    ModelId,
+    Node,
+    Ref,
+    homes,
+    inputs_of,
+    is_training,
+    program_of,
+)
 from cgo.runtime.choice import LOOP
 from cgo.runtime.emitter import runs
 from cgo.runtime.member import Member
@@ -42,9 +52,9 @@ def plan_packs(graph: Graph) -> tuple[Pack, ...]:
     taken: set[str] = set()
     fused = [node for node in graph.nodes if not (node.group or "").endswith(LOOP)]
     groups = [members for members in runs(fused) if len(members) > 1]
-    trained = {ref.name for n in graph.nodes if "/train/" in n.name for ref in inputs_of(n)}
+    trained = {ref.name for n in graph.nodes if is_training(n) for ref in inputs_of(n)}
     for members in sorted(groups, key=lambda group: _urgency(group[0])):
-        barred = taken if "/train/" in members[0].name else taken | trained
+        barred = taken if is_training(members[0]) else taken | trained
         for column in zip(*(tuple(inputs_of(member)) for member in members)):
             pack = _pack(nodes, column, learning)
             if pack is not None and barred.isdisjoint(pack.names):
@@ -55,7 +65,7 @@ def plan_packs(graph: Graph) -> tuple[Pack, ...]:
 
 def _urgency(node: Node) -> tuple[bool, int]:
     """Training before evaluation, large batches before small ones."""
-    split, size = node.name.split("/")[1:3]
+    split, _, size = program_of(node).partition("/")
     return split != "train", -int(size)
 
 

@@ -116,10 +116,8 @@ class _Trial:
 
     def _tuner(self) -> Tuner:
         tuning = Tuning.from_json(self.data.experiment.get("tuning", {}))
-        tuner = make_tuner(tuning, self.device)
-        tuner.record = Record(self.folder / RECORD, self.device, tuning.record)
-        tuner.tell = self._tell
-        return tuner
+        record = Record(self.folder / RECORD, self.device, tuning.record)
+        return make_tuner(tuning, self.device, record=record, tell=self._tell)
 
     def _constants(self) -> dict[str, Tensor]:
         if self.data.constants is None:

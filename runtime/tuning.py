@@ -15,16 +15,9 @@ from typing import Any
 import torch
 
 from cgo.errors import CgoError, TrialError
-from cgo.graph import SOURCES, Graph, ModelId, Node, Ref, inputs_of
-from cgo.passes.assign_layouts import (
-    CHANNELS,
-    LANES,
-    STACKED,
-    Assignment,
-    Option,
-    assign_layouts,
-    bytes_of,
-)
+from cgo.graph import Graph, ModelId, Node, Ref, bytes_of, inputs_of, is_training
+from cgo.passes.assign_layouts import Assignment, Option, assign_layouts
+from cgo.runtime.builder import VMAP
 from cgo.runtime.choice import LOOP, LOOPED, Choice, Rules, Way, rules_for
 from cgo.runtime.costs import (
     WIDTHS,
@@ -38,8 +31,7 @@ from cgo.runtime.costs import (
 )
 from cgo.runtime.emitter import Types, operator_of, runs
 from cgo.runtime.forms import forms_of
-from cgo.runtime.lower import VMAP
-from cgo.tuning import Tuning
+from cgo.tuning import CHANNELS, LANES, STACKED, Tuning
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +97,7 @@ class Tuner:
         rules = Rules() if self.tuning.forced else self.rules
         ruled = rules(graph, models)
         found = None if self.record is None else self.record.find(ruled)
-        options = self._decide(graph, models, ruled) if found is None else found
+        options = self._decide(ruled.graph) if found is None else found
         if self.record is not None:
             self.record.add(ruled, options)
         self.tell(
@@ -117,42 +109,34 @@ class Tuner:
         )
         return _applied(ruled, options)
 
-    def _decide(
-        self, graph: Graph, models: Sequence[ModelId], ruled: Choice
-    ) -> Mapping[str, Option]:
+    def _decide(self, graph: Graph) -> Mapping[str, Option]:
         if not self.budget.seconds:
-            self.budget.seconds = self.tuning.budget_s(self.steps * _step_s(graph, models))
-        self.assignment = self._assignment(ruled.graph)
+            self.budget.seconds = self.tuning.budget_s(self.steps * _step_s(graph))
+        self.assignment = self._assignment(graph)
         return self.assignment.options
 
     def _assignment(self, graph: Graph) -> Assignment:
         groups: dict[str, list[Node]] = {}
         for members in runs(graph.nodes):
             name = members[0].group
-            if name is not None and len(members) > 1 and _trains(members[0]):
+            if name is not None and len(members) > 1 and is_training(members[0]):
                 groups[name] = members
-        types, timer = _types(graph), self.timer(graph)
+        timer = Timer(self.device, graph)
         options: dict[str, list[Option]] = {}
         decide = self._forced if self.tuning.forced else self._options
-        for name in sorted(groups, key=lambda name: -_weight(groups[name], types)):
-            options[name] = decide(groups[name], types, timer)
+        for name in sorted(groups, key=lambda name: -_weight(groups[name], timer.types)):
+            options[name] = decide(groups[name], timer)
         moving = repacking(self.table, self.device)
         return assign_layouts(graph, options, moving)
 
-    def timer(self, graph: Graph) -> Timer:
-        """Measures groups of a graph on this device."""
-        handed = SOURCES | {"cgo.random"}
-        sources = {node.name: node for node in graph.nodes if node.op in handed}
-        return Timer(self.device, _types(graph), sources)
-
-    def _options(self, nodes: Sequence[Node], types: Types, timer: Timer) -> list[Option]:
-        shared = [len({refs[i] for refs in map(_refs, nodes)}) == 1 for i in range(_inputs(nodes))]
+    def _options(self, nodes: Sequence[Node], timer: Timer) -> list[Option]:
+        shared = [len(set(column)) == 1 for column in zip(*map(inputs_of, nodes))]
         # Branches of a single model gain less by being one operator than their gradients lose.
         if (shared and all(shared)) or len(frozenset().union(*(n.owners for n in nodes))) == 1:
             return [Option(LOOPED, LANES, 1, 0.0)]
-        signature = signature_of(nodes[0], types, shared)
+        signature = signature_of(nodes[0], timer.types, shared)
         size = len(nodes)
-        largest = max((bytes_of(types[ref]) for ref in _all_refs(nodes[0])), default=0)
+        largest = max((bytes_of(timer.types[ref]) for ref in _all_refs(nodes[0])), default=0)
         found: list[Option] = []
         for form, layout in _ways(nodes[0]):
             for width in _widths(size, largest, form):
@@ -165,7 +149,7 @@ class Tuner:
         limit = loops[0].seconds * (1 - _MARGIN / size)
         return loops + [o for o in found if o.form != LOOPED and o.seconds < limit]
 
-    def _forced(self, nodes: Sequence[Node], types: Types, timer: Timer) -> list[Option]:
+    def _forced(self, nodes: Sequence[Node], timer: Timer) -> list[Option]:
         width = min(self.tuning.width or len(nodes), len(nodes))
         layout = self.tuning.layout
         if layout == LANES or width == 1:
@@ -198,7 +182,7 @@ class Tuner:
         """What the rules say, where costs are not known."""
         if largest > self.rules.most_lane_bytes:
             return Option(LOOPED, LANES, 1, 0.0)
-        form, layout = _ways(nodes[0])[-1]
+        form, layout = _ways(nodes[0])[1]
         return Option(form, layout, len(nodes), 0.0)
 
 
@@ -260,28 +244,28 @@ _NODE_S = 2e-5
 _BYTE_S = 2e-9
 
 
-def _step_s(graph: Graph, models: Sequence[ModelId]) -> float:
-    """About what a step of these models takes."""
-    own = set(models)
-    found = [node for node in graph.nodes if _trains(node) and not own.isdisjoint(node.owners)]
+def _step_s(graph: Graph) -> float:
+    """About what a step of the graph's models takes."""
+    found = [node for node in graph.nodes if is_training(node)]
     size = sum(bytes_of(type_) for node in found for type_ in node.types)
     return _NODE_S * len(found) + _BYTE_S * size
 
 
-def make_tuner(tuning: Tuning, device: torch.device, steps: int = 0) -> Tuner:
-    """A tuner with the user's own table of costs, that keeps no record.
+def make_tuner(tuning: Tuning, device: torch.device, steps: int = 0, **rest: Any) -> Tuner:
+    """A tuner with the user's own table of costs.
 
     Args:
         tuning: The settings.
         device: Where the models run.
         steps: Planned training steps.
+        rest: Further arguments of `Tuner`.
     """
     try:
         table = CostTable(default_path() if tuning.measure else None, device)
     except CgoError as error:  # slower to begin with, but no reason not to train
         log.warning("%s", error)
         table = CostTable(None, device)
-    return Tuner(table, device, rules_for(device), tuning, steps)
+    return Tuner(table, device, rules_for(device), tuning, steps, **rest)
 
 
 def _applied(ruled: Choice, options: Mapping[str, Option]) -> Choice:
@@ -304,26 +288,6 @@ def _applied(ruled: Choice, options: Mapping[str, Option]) -> Choice:
             ways[own] = Way(option.form, option.layout)
             nodes += [replace(n, group=own if len(part) > 1 else None) for n in part]
     return Choice(Graph(tuple(nodes), ruled.graph.outputs), ruled.programs, ways)
-
-
-def _types(graph: Graph) -> Types:
-    return {
-        Ref(node.name, index): type_
-        for node in graph.nodes
-        for index, type_ in enumerate(node.types)
-    }
-
-
-def _trains(node: Node) -> bool:
-    return "/train/" in node.name
-
-
-def _refs(node: Node) -> tuple[Ref, ...]:
-    return tuple(inputs_of(node))
-
-
-def _inputs(nodes: Sequence[Node]) -> int:
-    return len(_refs(nodes[0]))
 
 
 def _all_refs(node: Node) -> list[Ref]:

@@ -161,7 +161,8 @@ class Flat:
             self.values = torch.cat([parameter.reshape(-1) for parameter in parameters])
             self.moments = {name: self._moment(name) for name in kind.moments}
         self.steps = [self._steps_of(updater) for updater in self.updaters]
-        self.gradient = self.values  # where the step needs it flat
+        self.gradient: Tensor  # of this step, where it goes over flat tensors
+        self._order = torch.tensor(self._positions, device=self.values.device)
         self.groups: list[dict[str, Any]] = []
         self._elements: Tensor | None = None  # of each element, its model's position
         self._vectors: dict[str, tuple[tuple[float, ...], Number]] = {}
@@ -284,9 +285,8 @@ class Flat:
     def elements(self) -> Tensor:
         """Of each element, the position of its model."""
         if self._elements is None:
-            positions = torch.tensor(self._positions, device=self.values.device)
             lengths = torch.tensor(self._lengths, device=self.values.device)
-            self._elements = torch.repeat_interleave(positions, lengths)
+            self._elements = torch.repeat_interleave(self._order, lengths)
         return self._elements
 
     def hyper(self, name: str) -> Number:
@@ -314,22 +314,19 @@ class Flat:
             return gradients
         norms = [torch.linalg.vector_norm(rows, dim=1) for rows in gradients]
         if self._norms is None:
-            self._norms = _table(self._positions, len(self.models)).to(self.values.device)
+            self._norms = _table(self._own, len(self._positions)).to(self.values.device)
         padded = torch.cat([*norms, torch.zeros_like(norms[0][:1])])
         total = torch.linalg.vector_norm(padded[self._norms], dim=1)
         given = {"dtype": total.dtype, "device": total.device}
         most = torch.tensor([float("inf") if m is None else m for m in limits], **given)
         factor = torch.clamp(most / (total + 1e-6), max=1.0)
         clipped = torch.tensor([limit is not None for limit in limits], device=total.device)
-        factor = torch.where(clipped, factor, 1.0)[torch.tensor(self._positions)]
+        factor = torch.where(clipped, factor, 1.0)[self._order]
         own = factor.split([len(rows) for rows in gradients])
         return [rows * factors.unsqueeze(1) for rows, factors in zip(gradients, own)]
 
 
-def _table(positions: Sequence[int], models: int) -> Tensor:
+def _table(rows: Sequence[Sequence[int]], last: int) -> Tensor:
     """Of each model, which of the norms are its own; filled up with the index behind the last."""
-    rows: list[list[int]] = [[] for _ in range(models)]
-    for index, position in enumerate(positions):
-        rows[position].append(index)
     width = max(map(len, rows))
-    return torch.tensor([row + [len(positions)] * (width - len(row)) for row in rows])
+    return torch.tensor([[*row, *[last] * (width - len(row))] for row in rows])

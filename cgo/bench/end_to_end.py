@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from cgo.bench import summary
-from cgo.cli.serial import document
+from cgo.cli import serial
+from cgo.cli.demo import training_seconds
 from cgo.engine import CGOEngine
 from cgo.errors import TrialError
 from cgo.model import DataSpec, Model, TrainingSpec
@@ -87,41 +88,37 @@ def measure(
         TrialError: a side failed.
     """
     merged: list[tuple[float, dict[str, float]]] = []
-    serial: list[float] = []
+    alone: list[float] = []
     for number in range(rounds):
-        serial.append(_serial(candidates(count, epochs)))
+        alone.append(_serial(candidates(count, epochs)))
         merged.append(_merged(count, epochs, workers))
-        heard(f"round {number + 1}: serial {serial[-1]:.1f} s, merged {merged[-1][0]:.1f} s")
-    ratio, low, high = summary([a / b for a, (b, _) in zip(serial, merged)])
+        heard(f"round {number + 1}: serial {alone[-1]:.1f} s, merged {merged[-1][0]:.1f} s")
+    ratio, low, high = summary([a / b for a, (b, _) in zip(alone, merged)])
     middle = statistics.median_low(seconds for seconds, _ in merged)
     phases = next(found for seconds, found in merged if seconds == middle)
     return Search(
-        count, epochs, workers, middle, statistics.median(serial), ratio, low, high, phases
+        count, epochs, workers, middle, statistics.median(alone), ratio, low, high, phases
     )
 
 
 def _serial(models: Sequence[Model]) -> float:
-    return _process(["-m", "cgo.cli.serial"], json.dumps(document(models)))[0]
+    started = time.perf_counter()
+    serial.measure(models)  # in a process of its own
+    return time.perf_counter() - started
 
 
 def _merged(count: int, epochs: int, workers: int) -> tuple[float, dict[str, float]]:
-    given = json.dumps([count, epochs, workers])
-    seconds, printed = _process(["-m", "cgo.bench.end_to_end"], given)
-    return seconds, json.loads(printed)
-
-
-def _process(arguments: list[str], given: str) -> tuple[float, str]:
     started = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, *arguments],
-        input=given,
+        [sys.executable, "-m", "cgo.bench.end_to_end"],
+        input=json.dumps([count, epochs, workers]),
         capture_output=True,
         text=True,
         env=trial_environment([], {}),
     )
     if done.returncode:
-        raise TrialError(f"{' '.join(arguments)} failed: {done.stderr.strip()[-2000:]}")
-    return time.perf_counter() - started, done.stdout
+        raise TrialError(f"the merged search failed: {done.stderr.strip()[-2000:]}")
+    return time.perf_counter() - started, json.loads(done.stdout)
 
 
 def search(count: int, epochs: int, workers: int) -> dict[str, float]:
@@ -144,13 +141,8 @@ def search(count: int, epochs: int, workers: int) -> dict[str, float]:
     return {
         "capture_s": sum(report.capture_s for report in reports),
         "merge_s": sum(report.merge_s for report in reports),
-        "training_s": _longest(models),
+        "training_s": training_seconds(models),
     }
-
-
-def _longest(models: Sequence[Model]) -> float:
-    """Seconds of all epochs; those of trials side by side count once."""
-    return max(sum(row["seconds"] for row in model.history) for model in models)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from cgo.bench import Record, environment, measure
 from cgo.bench.families import FAMILIES
-from cgo.platforms.local import trial_environment
+from cgo.platforms.local import default_workers, trial_environment
 
 _STARTED = "CGO_BENCH_STARTED"
 
@@ -41,12 +41,13 @@ def bench(
     ] = False,
     epochs: Annotated[int, typer.Option(help="of the whole search")] = 10,
     workers: Annotated[
-        int, typer.Option(help="trials side by side in the whole search; 0: one for each core")
+        int,
+        typer.Option(help="trials side by side; 0: without a GPU one for each core"),
     ] = 0,
 ) -> None:
     """Measure a training step of many models: merged, and every way of doing without."""
     if end_to_end:
-        _whole_search(models, epochs, workers or os.cpu_count() or 1, json_file)
+        _whole_search(models, epochs, workers or default_workers(), json_file)
         return
     _restart(threads)
     torch.set_num_threads(threads)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +14,9 @@ from rich.table import Table
 from cgo.cli import serial
 from cgo.cli.search import search
 from cgo.engine import CGOEngine
-from cgo.machine import devices
 from cgo.model import DataSpec, Model, TrainingSpec, best
 from cgo.planner import MergeReport
-from cgo.platforms.local import LocalPlatform
+from cgo.platforms.local import LocalPlatform, default_workers
 from cgo.store import open_experiment
 
 #: What the best model must reach on the validation digits.
@@ -83,7 +81,7 @@ def demo(
     models = candidates(epochs)
     console.print(f"{len(models)} different networks, {epochs} epochs each, merged:")
     started = time.perf_counter()
-    with CGOEngine(experiment_dir, platform=LocalPlatform(_workers())) as engine:
+    with CGOEngine(experiment_dir, platform=LocalPlatform(default_workers())) as engine:
         search(console, engine, models)
         wall_s = time.perf_counter() - started
         folder, reports = engine.experiment_dir, engine.reports
@@ -110,7 +108,7 @@ def throughput(
     trial's start.
     """
     epochs = sum(model.training.epochs for model in models)
-    merged_s, serial_s = _training_seconds(models), sum(alone.values())
+    merged_s, serial_s = training_seconds(models), sum(alone.values())
     planning_s = sum(report.capture_s + report.merge_s for report in reports)
     table = Table("", "seconds", "model-epochs/s", "against serial", title="Throughput")
     for name, seconds in (
@@ -125,11 +123,6 @@ def throughput(
     return table
 
 
-def _workers() -> int:
-    """Without a GPU a trial for each core: operators of this size gain nothing from several."""
-    return 1 if devices()[0].device != "cpu" else os.cpu_count() or 1
-
-
-def _training_seconds(models: Sequence[Model]) -> float:
+def training_seconds(models: Sequence[Model]) -> float:
     """Wall time of the merged epochs: models of one trial share them, trials run side by side."""
     return max(sum(row["seconds"] for row in model.history) for model in models)

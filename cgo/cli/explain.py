@@ -19,7 +19,7 @@ from cgo.graph import dump
 from cgo.passes.batch_operators import BatchOperators
 from cgo.passes.unmerged import Family
 from cgo.planner import Plan, Planner
-from cgo.runtime.lower import Decision
+from cgo.runtime.builder import Decision
 from cgo.runtime.tuning import make_tuner
 from cgo.search_spec import load
 from cgo.tuning import Tuning

@@ -23,21 +23,7 @@ from cgo.platforms.local import trial_environment
 
 def measure(models: Sequence[Model], import_roots: Sequence[str] = ()) -> dict[str, float]:
     """Seconds that each model takes alone, by id."""
-    done = subprocess.run(
-        [sys.executable, "-m", "cgo.cli.serial"],
-        input=json.dumps(document(models)),
-        capture_output=True,
-        text=True,
-        check=True,
-        env=trial_environment(import_roots, {}),
-    )
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
-
-
-def document(models: Sequence[Model]) -> list[dict[str, Any]]:
-    """The models as JSON values, which the process reads."""
-    return [
+    document = [
         {
             "id": model.model_id,
             "module": model.module,
@@ -48,6 +34,16 @@ def document(models: Sequence[Model]) -> list[dict[str, Any]]:
         }
         for model in models
     ]
+    done = subprocess.run(
+        [sys.executable, "-m", "cgo.cli.serial"],
+        input=json.dumps(document),
+        capture_output=True,
+        text=True,
+        check=True,
+        env=trial_environment(import_roots, {}),
+    )
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
 
 
 def train_alone(spec: dict[str, Any]) -> float:

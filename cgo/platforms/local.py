@@ -206,6 +206,14 @@ def _python(module: str) -> list[str]:
     return [sys.executable, "-c", _UNSAFE_PATH.format(module=module)]
 
 
+def default_workers() -> int:
+    """Trials side by side for a search of small models: without a GPU one for each core.
+
+    Operators of small models gain nothing from several threads.
+    """
+    return 1 if devices()[0].device != "cpu" else os.cpu_count() or 1
+
+
 def trial_environment(import_roots: Sequence[str], extra: Mapping[str, str]) -> dict[str, str]:
     """The environment of a trial's process; what the user has set stays."""
     env = dict(os.environ)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from cgo.runtime.emitter import Column, Emitter, Group, Packed
 from cgo.runtime.forms import form
 from cgo.runtime.forms.folding import fold, unfold
-from cgo.runtime.layouts import STACKED
+from cgo.tuning import STACKED
 
 
 @form("folded attention", "scaled_dot_product_attention", layouts="stacked")

@@ -12,8 +12,8 @@ from cgo.runtime.emitter import Column, Emitter, Group, Packed
 from cgo.runtime.forms import form
 from cgo.runtime.forms.folding import fold, unfold
 from cgo.runtime.kernels import batched_linear
-from cgo.runtime.layouts import CHANNELS, STACKED
 from cgo.runtime.solo import is_pointwise
+from cgo.tuning import CHANNELS, STACKED
 
 _CONVOLUTIONS = "conv1d conv2d conv3d"
 _TRANSPOSED = "conv_transpose1d conv_transpose2d conv_transpose3d"

@@ -12,7 +12,7 @@ from cgo.graph import Node, Ref, TensorType
 from cgo.operators import aten
 from cgo.runtime.emitter import Column, Emitter, Group, Packed, Types
 from cgo.runtime.forms import form
-from cgo.runtime.layouts import CHANNELS, STACKED
+from cgo.tuning import CHANNELS, STACKED
 
 _ARITHMETIC = """
 add sub rsub subtract mul multiply div divide true_divide floor_divide remainder fmod pow square

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from cgo.runtime.emitter import Emitter, Group, Packed
 from cgo.runtime.forms import form
-from cgo.runtime.layouts import STACKED
+from cgo.tuning import STACKED
 
 
 @form("offset embedding", "embedding", layouts="stacked")

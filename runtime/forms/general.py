@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from cgo.graph import TensorType
 from cgo.operators import aten
 from cgo.runtime.emitter import Column, Emitter, Group, Packed, item
-from cgo.runtime.layouts import STACKED
+from cgo.tuning import STACKED
 
 _Traced = Callable[..., Sequence[Tensor]]
 _traced: dict[object, _Traced | str] = {}

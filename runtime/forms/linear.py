@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from cgo.runtime.emitter import Emitter, Group, Packed
 from cgo.runtime.forms import form
 from cgo.runtime.kernels import batched_linear
-from cgo.runtime.layouts import CHANNELS, STACKED
+from cgo.tuning import CHANNELS, STACKED
 
 
 @form("wide linear", "linear", layouts="channels")

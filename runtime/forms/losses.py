@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from cgo.operators import aten
 from cgo.runtime.emitter import Emitter, Group, Packed
 from cgo.runtime.forms import form
-from cgo.runtime.layouts import STACKED
+from cgo.tuning import STACKED
 
 #: ATen's numbers for a loss's `reduction`.
 _NONE, _MEAN, _SUM = 0, 1, 2

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from cgo.graph import Ref
 from cgo.runtime.emitter import Column, Emitter, Group, Packed, item
 from cgo.runtime.forms import form
-from cgo.runtime.layouts import CHANNELS, STACKED
 from cgo.runtime.operators import batch_norm, batch_norm_copying
+from cgo.tuning import CHANNELS, STACKED
 
 
 @form("batch norm over channels", "cgo.batch_norm", layouts="channels")

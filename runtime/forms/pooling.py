@@ -8,7 +8,7 @@ from cgo.operators import aten
 from cgo.runtime.emitter import Emitter, Group, Packed
 from cgo.runtime.forms import form
 from cgo.runtime.forms.folding import fold, unfold
-from cgo.runtime.layouts import CHANNELS, STACKED
+from cgo.tuning import CHANNELS, STACKED
 
 _POOLING = """
 max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices

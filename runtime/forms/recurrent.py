@@ -11,7 +11,7 @@ from torch import Tensor
 from cgo.runtime.emitter import Emitter, Group, Packed, item
 from cgo.runtime.forms import form
 from cgo.runtime.forms.linear import batched_linear_of
-from cgo.runtime.layouts import STACKED
+from cgo.tuning import STACKED
 
 Cell = Callable[[Tensor, list[Tensor], Tensor, "Tensor | None"], list[Tensor]]
 

@@ -9,7 +9,7 @@ import torch
 from cgo.operators import aten
 from cgo.runtime.emitter import Emitter, Group, Packed
 from cgo.runtime.forms import form
-from cgo.runtime.layouts import CHANNELS, STACKED
+from cgo.tuning import CHANNELS, STACKED
 
 _REDUCTIONS = """
 sum mean prod amax amin logsumexp var std linalg_vector_norm argmax argmin max min any all nansum

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from cgo.operators import aten
 from cgo.runtime.emitter import Column, Emitter, Group, Packed
 from cgo.runtime.forms import form
-from cgo.runtime.layouts import CHANNELS, STACKED
+from cgo.tuning import CHANNELS, STACKED
 
 
 @form(

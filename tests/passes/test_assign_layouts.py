@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cgo.graph import Graph, Node, Output, Ref, TensorType
-from cgo.passes.assign_layouts import CHANNELS, LANES, STACKED, Option, _Problem, assign_layouts
+from cgo.passes.assign_layouts import Option, _Problem, assign_layouts
+from cgo.tuning import CHANNELS, LANES, STACKED
 
 IMAGE = (TensorType("float32", (2, 4, 3, 3)),)
 

@@ -8,7 +8,6 @@ import torch
 from support.merged import Case
 
 from cgo.errors import CgoError
-from cgo.graph import SOURCES, Ref
 from cgo.planner import Planner
 from cgo.runtime.choice import LOOPED, Way
 from cgo.runtime.costs import KINDS, CostTable, Signature, Timer, repacking, signature_of
@@ -76,10 +75,9 @@ def test_between_sizes_costs_are_interpolated():
 def groups(*factories, tmp_path):
     cases = [Case(f"{factory}{n}", factory, seed=n) for factory in factories for n in range(2)]
     graph = Planner().plan([case.model() for case in cases], tmp_path).graph_data.graph
-    types = {Ref(n.name, i): t for n in graph.nodes for i, t in enumerate(n.types)}
-    sources = {n.name: n for n in graph.nodes if n.op in SOURCES | {"cgo.random"}}
+    timer = Timer(CPU, graph)
     found = [m for m in runs(graph.nodes) if len(m) > 1 and "/train/" in m[0].name]
-    return found, types, Timer(CPU, types, sources)
+    return found, timer.types, timer
 
 
 def test_every_group_can_be_timed_as_a_loop_and_in_its_forms(tmp_path):

@@ -7,16 +7,9 @@ import torch
 from torch import fx
 
 from cgo.graph import Node, Ref, Symbol, TensorType
-from cgo.runtime.emitter import (
-    CHANNELS,
-    STACKED,
-    Column,
-    Emitter,
-    Packed,
-    make_group,
-    runs,
-)
+from cgo.runtime.emitter import Column, Emitter, Packed, make_group, runs
 from cgo.runtime.layouts import to_stacked, unstack
+from cgo.tuning import CHANNELS, STACKED
 
 CPU = torch.device("cpu")
 IMAGES = TensorType("float32", (2, 3, 4, 4))
