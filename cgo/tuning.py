@@ -28,6 +28,11 @@ class Tuning:
         layout: Execute every group so, as far as its operator can: "lanes" (one by one), "stacked"
             or "channels". For tests and measurements.
         width: Execute so many members of a group at once, at most. For tests and measurements.
+        tape: Record a step's operator calls, forward and backward, and replay them by an
+            interpreter, without Python and autograd; the bits are the same. None: where enough
+            steps are planned.
+        compile: Compile that record with Inductor. None: where the planned steps are expected to
+            repay it; either way it is kept only where it is faster.
 
     Raises:
         SpecError: a value makes no sense.
@@ -44,6 +49,8 @@ class Tuning:
     record: str | None = None
     layout: str | None = None
     width: int | None = None
+    tape: bool | None = None
+    compile: bool | None = None
 
     def __post_init__(self) -> None:
         if self.most_s < 0 or not 0 <= self.share <= 1:

@@ -17,6 +17,7 @@ from cgo.runtime.emitter import Emitter, Group, Packed, item, make_group, return
 from cgo.runtime.forms import forms_of
 from cgo.runtime.forms.elementwise import adds_nothing
 from cgo.runtime.forms.general import vectorise
+from cgo.runtime.layouts import IMAGES
 from cgo.runtime.operators import batch_norm, batch_norm_copying, symbol_value
 from cgo.runtime.peepholes import simplify
 from cgo.runtime.solo import kernel_for
@@ -78,6 +79,7 @@ class Builder:
 
     def add(self, members: Sequence[Node]) -> None:
         """Write a group; a single node is a loop of one, which needs no decision."""
+        self.emitter.leaving = self.emitter.images_last and _leaves_images(members[0])
         if len(members) > 1:
             decision = self._fuse(make_group(members, self.emitter.types))
             self.decisions.append(decision)
@@ -160,6 +162,10 @@ class Builder:
         images = node.op in _CONVOLUTIONS
         if images:
             args = (emitter.images(args[0]), *args[1:])
+        elif emitter.leaving and isinstance(node.args[0], Ref):
+            type_ = emitter.types[node.args[0]]
+            ndim = 0 if type_ is None else len(type_.shape)
+            args = (emitter.leaving_images(args[0], ndim), *args[1:])
         function = self._kernel(node) if kernel is None else kernel.function
         result = emitter.graph.call_function(function, args, kwargs)
         if len(node.types) == 1 and node.types[0] is not None:
@@ -227,6 +233,13 @@ class Builder:
 
 #: Over images, whose memory format they keep.
 _CONVOLUTIONS = {"aten.conv2d.default", "aten.conv2d.padding", "aten.conv_transpose2d.input"}
+
+
+def _leaves_images(node: Node) -> bool:
+    """Whether an operator's results may lie in memory as images do not."""
+    type_ = node.types[0]
+    return type_ is None or len(type_.shape) != IMAGES or node.op.startswith("aten.mean.")
+
 
 _ANY_STRIDES = {
     "aten.view.default": torch.ops.aten.reshape.default,

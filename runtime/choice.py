@@ -28,6 +28,7 @@ from cgo.graph import (
     program_of,
 )
 from cgo.operators import aten
+from cgo.runtime.compiled import Compiler
 from cgo.runtime.emitter import runs
 
 #: What operators give that are not worth staying together for.
@@ -55,6 +56,8 @@ class Choice:
     graph: Graph
     programs: tuple[tuple[ModelId, ...], ...]
     ways: Mapping[str, Way] = field(default_factory=dict)  # of groups, by name
+    taped: bool = False  # steps are recorded, and replayed by an interpreter
+    compiler: Compiler | None = None  # of taped steps
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from cgo.runtime.builder import Builder
 from cgo.runtime.choice import LOOPED, Way
 from cgo.runtime.emitter import Column, Emitter, Group, Packed, Types, make_group
 from cgo.runtime.layouts import IMAGES, gather, to_channels, unstack
+from cgo.runtime.tape import Replay, TapeError, compile_tape, record
 from cgo.tuning import CHANNELS, STACKED
 
 #: Timed rounds of one measurement, and its most seconds.
@@ -182,7 +183,7 @@ def device_key(device: torch.device) -> str:
     """Device, versions and threads: costs of another key do not hold here."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else devices()[0].name
     threads = torch.get_num_threads() if device.type == "cpu" else 0
-    return f"{device.type} {name}, torch {torch.__version__}, {threads} threads, form 3"
+    return f"{device.type} {name}, torch {torch.__version__}, {threads} threads, form 4"
 
 
 def _shipped(device: torch.device) -> tuple[str, list[_Row]]:
@@ -336,25 +337,39 @@ def _fixed_s(device: torch.device | None) -> float:
 
 
 def _median(function: Callable[..., Sequence[Tensor]], sets: list[list[Tensor]]) -> float:
-    learning = [[value for value in values if value.requires_grad] for values in sets]
-
-    def once(values: list[Tensor], leaves: list[Tensor]) -> None:
-        results = [r for r in function(*values) if isinstance(r, Tensor) and r.requires_grad]
-        if results and leaves:
-            gradients = [torch.ones_like(result) for result in results]
-            torch.autograd.grad(results, leaves, gradients, allow_unused=True)
-
-    once(sets[0], learning[0])
+    """Median seconds of a forward and backward over one of the sets, as a step would run it."""
+    once = _replayed(function, sets[0])
     times: list[float] = []
     begun = time.perf_counter()
     while len(times) < _ROUNDS and (len(times) < 2 or time.perf_counter() - begun < _MOST_S):
         started = time.perf_counter()
-        for values, leaves in zip(sets, learning):
-            once(values, leaves)
+        for values in sets:
+            once(*values)
         if torch.cuda.is_available() and sets[0] and sets[0][0].is_cuda:
             torch.cuda.synchronize()
         times.append((time.perf_counter() - started) / len(sets))
     return statistics.median(times)
+
+
+def _replayed(function: Callable[..., Sequence[Tensor]], values: Sequence[Tensor]) -> Replay:
+    """Forward and backward, by their tape where there can be one."""
+
+    def once(*given: Tensor) -> Sequence[Tensor]:
+        learning = [value for value in given if value.requires_grad]
+        results = [r for r in function(*given) if isinstance(r, Tensor) and r.requires_grad]
+        if not results or not learning:
+            return []
+        ones = [torch.ones_like(result) for result in results]
+        found = torch.autograd.grad(results, learning, ones, allow_unused=True)
+        return [gradient for gradient in found if gradient is not None]
+
+    try:
+        replay = compile_tape(record(once, values)[1])
+        replay(*values)
+        return replay
+    except (TapeError, RuntimeError):
+        once(*values)
+        return once
 
 
 @dataclass(frozen=True)

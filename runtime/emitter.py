@@ -13,7 +13,15 @@ from torch import Tensor, fx
 
 from cgo.graph import Argument, Node, Ref, Symbol, TensorType
 from cgo.operators import aten, named_arguments
-from cgo.runtime.layouts import channels_last, gather, to_channels, to_stacked, unstack
+from cgo.runtime.layouts import (
+    IMAGES,
+    channels_last,
+    gather,
+    keep_images,
+    to_channels,
+    to_stacked,
+    unstack,
+)
 from cgo.runtime.operators import symbol_value
 from cgo.tuning import CHANNELS, STACKED
 
@@ -124,10 +132,12 @@ class Emitter:
         self.written: set[Ref] = set()  # updates that are written in place into their buffers
         self.sources: set[int] = set()  # ids of packed values that are leaves handed in
         self.preferred: str | None = None  # layout of the group that is being written
+        self.leaving = False  # what is being written makes no images of images
         self.gathers = 0  # times that members' values were copied together
         self._plain: dict[Ref, fx.Node] = {}
         self._lane: dict[Ref, tuple[Packed, int]] = {}
         self._whole: dict[tuple[Ref, ...], Packed] = {}
+        self._images: dict[fx.Node, fx.Node] = {}
         self._made: dict[tuple[tuple[Ref, ...], str], fx.Node] = {}
 
     # --- values ---------------------------------------------------------------------------------
@@ -222,7 +232,7 @@ class Emitter:
         key = column.refs, layout
         if key not in self._made:
             self._made[key] = self._gather(column, layout)
-        return self._made[key]
+        return self.leaving_images(self._made[key], column.ndim)
 
     def _gather(self, column: Column, layout: str) -> fx.Node:
         whole = self._whole.get(column.refs)
@@ -242,7 +252,15 @@ class Emitter:
 
     def images(self, node: fx.Node) -> fx.Node:
         """A convolution's input or result in the memory format that it is to have."""
-        return self.call(channels_last, node) if self.images_last else node
+        if not self.images_last:
+            return node
+        if node not in self._images:
+            self._images[node] = self.call(channels_last, node)
+        return self._images[node]
+
+    def leaving_images(self, node: fx.Node, ndim: int) -> fx.Node:
+        """An argument; if the node that reads it makes no images of images, see `keep_images`."""
+        return self.call(keep_images, node) if self.leaving and ndim == IMAGES else node
 
     # --- writing ----------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from cgo.runtime.operators import Fill, empty, filler
 from cgo.runtime.packing import PackedState, Place, learning_places, plan_packs, release
 from cgo.runtime.state import RandomState
 from cgo.runtime.step import autocast, compute, eval_mode
+from cgo.runtime.tape import Taped
 from cgo.runtime.tuning import Chooser
 from cgo.runtime.updates import Updates
 
@@ -91,16 +93,12 @@ class MergedLanes:
         return outcomes
 
     def _train(self, bound: _Bound, leaves: Leaves, drawn: Drawn) -> dict[ModelId, Outcome]:
-        results = bound.run(leaves, drawn)
-        losses = [results[position] for position, _ in bound.losses]
-        learning = [loss for loss in losses if loss.requires_grad]
-        if learning:  # gradients of the sum of losses, without computing the sum
-            torch.autograd.backward(learning, [torch.ones_like(loss) for loss in learning])
+        results = bound.train(leaves, drawn)
         bound.commit(results)
         return {
             output.model: Result(loss)
-            for value, (_, result) in zip(losses, bound.losses)
-            for output, loss in _lanes_of(result, value.detach())
+            for position, result in bound.losses
+            for output, loss in _lanes_of(result, results[position])
         }
 
     def _train_apart(
@@ -169,8 +167,7 @@ class MergedLanes:
     ) -> dict[ModelId, Outcome]:
         bound = self._bound(f"validation/{size}", models, packed=packed)
         try:
-            with torch.no_grad():
-                results = bound.run(leaves, bound.draw())
+            results = bound.evaluate(leaves, bound.draw())
             bound.commit(results)  # a module may keep count in evaluation mode, too
         except Exception as error:
             bound.restore()
@@ -217,7 +214,11 @@ class MergedLanes:
             state = self._packed if packed else PackedState((), self.members)
             ways = self._chosen.ways if packed else {}
             lowered = lower(part, program, self._device, state.packs, ways=ways)
-            bound = _Bound(lowered, self.members, self._constants, state, self._learning)
+            chosen = self._chosen if packed else Choice(graph, ())
+            where = f"{program}/{','.join(models)}"
+            bound = _Bound(
+                lowered, self.members, self._constants, state, self._learning, chosen, where
+            )
             self._programs[key] = bound
         return bound
 
@@ -240,6 +241,8 @@ class _Bound:
         constants: Mapping[str, Tensor],
         packed: PackedState,
         learning: frozenset[Place],
+        chosen: Choice,
+        name: str,
     ) -> None:
         self.lowered = lowered
         self._members, self._packed = members, packed
@@ -271,6 +274,16 @@ class _Bound:
             if result.outputs[0].role == "loss"
         ]
         self._plan_updates()
+        self._learning = [
+            position
+            for position, value in enumerate(self._values)
+            if value is not None and value.requires_grad
+        ]
+        self._with_gradient: list[int] = []  # of these, once a step has been run
+        make = partial(Taped, buffers=self._buffers, wanted=chosen.taped)
+        compiled = None if chosen.compiler is None else partial(chosen.compiler, name)
+        self._step = make(self._forward_backward, compiled=compiled)
+        self._forward = make(lambda *values: self.lowered(values))
 
     def _plan_draws(self) -> list[tuple[tuple[str, ...], int | None, Fill, torch.Generator]]:
         """Each model's draws in its own operator order; between models no order matters."""
@@ -314,8 +327,45 @@ class _Bound:
             fill(drawn[names] if lane is None else drawn[names][lane], generator)
         return drawn
 
-    def run(self, leaves: Leaves, drawn: Drawn) -> list[Tensor]:
-        """Run the program on one batch; buffers may already be written when it raises."""
+    def train(self, leaves: Leaves, drawn: Drawn) -> list[Tensor]:
+        """One forward and backward: results, and gradients added to those of the sources.
+
+        Buffers may already be written when it raises.
+        """
+        values = self._handed(leaves, drawn)
+        replayed = self._step.replaying
+        results = list(self._step(values))
+        if replayed:
+            several = results[len(self.lowered.results) :]
+            for position, gradient in zip(self._with_gradient, several, strict=True):
+                leaf = values[position]
+                leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+        return results[: len(self.lowered.results)]
+
+    def _forward_backward(self, *values: Tensor) -> list[Tensor]:
+        """The program's results, and this step's gradient of each source that has one."""
+        earlier = {i: values[i].grad for i in self._learning if values[i].grad is not None}
+        for position in earlier:
+            values[position].grad = None
+        results = self.lowered(values)
+        losses = [results[position] for position, _ in self.losses]
+        learning = [loss for loss in losses if loss.requires_grad]
+        if learning:  # gradients of the sum of losses, without computing the sum
+            torch.autograd.backward(learning, [torch.ones_like(loss) for loss in learning])
+        self._with_gradient = [i for i in self._learning if values[i].grad is not None]
+        gradients = [values[i].grad for i in self._with_gradient]
+        for position, gradient in earlier.items():
+            now = values[position].grad
+            values[position].grad = gradient if now is None else gradient + now
+        return [*(result.detach() for result in results), *gradients]  # type: ignore[list-item]
+
+    def evaluate(self, leaves: Leaves, drawn: Drawn) -> list[Tensor]:
+        """One forward without gradients; buffers may already be written when it raises."""
+        with torch.no_grad():
+            return list(self._forward(self._handed(leaves, drawn)))
+
+    def _handed(self, leaves: Leaves, drawn: Drawn) -> list[Tensor]:
+        """The tensors of all sources for one batch; buffers are kept for `restore`."""
         values = self._values.copy()
         for position, name, dtype, shape in self._inputs:
             leaf = leaves.get(name)
@@ -328,7 +378,7 @@ class _Bound:
             values[position] = parameter.detach()
         if self._buffers:
             torch._foreach_copy_(self._before, self._buffers)
-        return self.lowered(values)  # type: ignore[arg-type]
+        return values  # type: ignore[return-value]
 
     def commit(self, results: Sequence[Tensor]) -> None:
         """Write the buffers' new values."""

@@ -36,7 +36,13 @@ def stack(lanes: list[Tensor]) -> Tensor:
 
 def gather(lanes: list[Tensor], layout: str) -> Tensor:
     """M tensors as one, in a layout."""
-    return stack(lanes) if layout == STACKED else torch.cat(lanes, 1)
+    if layout == STACKED:
+        return stack(lanes)
+    alike = len({lane.shape for lane in lanes}) == 1
+    if alike and _are_images(lanes[0]):
+        joined: Tensor = _JoinChannels.apply(*lanes)
+        return joined
+    return torch.cat(lanes, 1)
 
 
 def unstack(value: Tensor) -> Sequence[Tensor]:
@@ -45,6 +51,18 @@ def unstack(value: Tensor) -> Sequence[Tensor]:
         return value.unbind(0)
     # As for `stack`: the backward of `split` is a `cat`, which keeps the memory format.
     return value.flatten(0, 1).split(value.shape[1], 0)
+
+
+def keep_images(value: Tensor) -> Tensor:
+    """The same value; its gradient gets the memory format that the value has.
+
+    For images that are flattened or averaged next: the gradients of that come in another format,
+    and elementwise kernels that meet both are several times slower.
+    """
+    if not _are_images(value):
+        return value
+    result: Tensor = _KeepImages.apply(value)
+    return result
 
 
 def to_channels(value: Tensor, size: int) -> Tensor:
@@ -72,6 +90,35 @@ class _ToChannels(torch.autograd.Function):
         return _to_stacked(gradient, ctx.size), None
 
 
+class _JoinChannels(torch.autograd.Function):
+    """Images side by side in channels; each gets a block of the gradient, not a part of each row.
+
+    With strided parts, everything that follows in the backward would be several times slower.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *lanes: Tensor) -> Tensor:
+        ctx.size = len(lanes)
+        return torch.cat(lanes, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return _to_stacked(gradient, ctx.size).unbind(0)
+
+
+class _KeepImages(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        if gradient.ndim == IMAGES:
+            return channels_last(gradient)
+        blocks = gradient.flatten(0, -IMAGES)
+        return channels_last(blocks).unflatten(0, gradient.shape[: 1 - IMAGES])
+
+
 class _ToStacked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, size: int) -> Tensor:
@@ -97,3 +144,10 @@ def _to_stacked(value: Tensor, size: int) -> Tensor:
 
 def _channels_last(value: Tensor) -> bool:
     return value.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+
+
+def _are_images(value: Tensor) -> bool:
+    """Whether channels lie last: (..., C, H, W), and not just any tensor of four dimensions."""
+    if value.ndim not in (IMAGES, IMAGES + 1) or value.is_contiguous():
+        return False
+    return value.movedim(-3, -1).is_contiguous()

@@ -19,6 +19,7 @@ from cgo.graph import Graph, ModelId, Node, Ref, bytes_of, inputs_of, is_trainin
 from cgo.passes.assign_layouts import Assignment, Option, assign_layouts
 from cgo.runtime.builder import VMAP
 from cgo.runtime.choice import LOOP, LOOPED, Choice, Rules, Way, rules_for
+from cgo.runtime.compiled import Compiler
 from cgo.runtime.costs import (
     WIDTHS,
     CostTable,
@@ -44,6 +45,10 @@ _LARGE_BYTES = 2**19
 #: What a fused form must save of a loop's time, over the number of members: narrow groups have
 #: least to gain, and pay for copies that no measurement of a single group sees.
 _MARGIN = 0.5
+
+
+#: Fewer planned steps do not repay recording one, which costs about as much as ten.
+_TAPED_STEPS = 64
 
 
 @dataclass
@@ -107,7 +112,19 @@ class Tuner:
             measured=self.budget.measured,
             seconds=self.budget.spent,
         )
-        return _applied(ruled, options)
+        compiler = Compiler(
+            self.tuning.compile,
+            self.steps,
+            {} if self.record is None else self.record.compiled,
+            (lambda name, done: None) if self.record is None else self.record.settle,
+            self.tell,
+        )
+        return replace(_applied(ruled, options), taped=self._taped(), compiler=compiler)
+
+    def _taped(self) -> bool:
+        if self.tuning.tape is not None:
+            return self.tuning.tape
+        return self.steps >= _TAPED_STEPS
 
     def _decide(self, graph: Graph) -> Mapping[str, Option]:
         if not self.budget.seconds:
@@ -201,16 +218,17 @@ class Record:
     def __init__(self, path: Path, device: torch.device, given: str | None = None) -> None:
         self._path, self._device = path, device_key(device)
         self._choices: dict[str, dict[str, list[Any]]] = {}
+        self.compiled: dict[str, bool] = {}  # steps by name, and whether they were compiled
         for source in (Path(given) if given else None, path if path.exists() else None):
             if source is not None:
-                self._choices |= self._read(source)
+                self._read(source)
 
-    def _read(self, path: Path) -> dict[str, dict[str, list[Any]]]:
+    def _read(self, path: Path) -> None:
         try:
             document = json.loads(path.read_text())
-            if document["device"] != self._device:
-                return {}
-            return dict(document["choices"])
+            if document["device"] == self._device:
+                self._choices |= document["choices"]
+                self.compiled |= document.get("compiled", {})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise TrialError(
                 f"{path} is no record of lowering choices: {type(error).__name__}: {error}; give a "
@@ -226,7 +244,16 @@ class Record:
         """Keep a choice."""
         rows = {name: [o.form, o.layout, o.width, o.seconds] for name, o in options.items()}
         self._choices[_key(ruled)] = rows
-        document = {"device": self._device, "choices": self._choices}
+        self._write()
+
+    def settle(self, step: str, compiled: bool) -> None:
+        """Keep whether a step is compiled."""
+        if self.compiled.get(step) is not compiled:
+            self.compiled[step] = compiled
+            self._write()
+
+    def _write(self) -> None:
+        document = {"device": self._device, "choices": self._choices, "compiled": self.compiled}
         partial = self._path.with_suffix(".part")
         partial.write_text(json.dumps(document, indent=1) + "\n")
         partial.replace(self._path)

@@ -248,7 +248,7 @@ def _serve(pipe: Connection, share: list[tuple[Any, ...]]) -> None:
 # --- ours ---------------------------------------------------------------------------------------
 
 
-def merged(models: list[Model]) -> Steps:
+def merged(models: list[Model], tuning: Tuning | None = None) -> Steps:
     """The merged trial's step, as a trial takes it."""
     temporary = tempfile.TemporaryDirectory(prefix="cgo-bench-")
     folder = Path(temporary.name)
@@ -260,7 +260,7 @@ def merged(models: list[Model]) -> Steps:
     for key in data.data:
         entries = [entry for entry in data.models if entry.data == key]
         members = [Member(entry, data, _CPU, folder, lambda event: None) for entry in entries]
-        tuner = make_tuner(Tuning(), _CPU, _PLANNED_STEPS)
+        tuner = make_tuner(tuning or Tuning(), _CPU, _PLANNED_STEPS)
         lanes = MergedLanes(data.graph, members, {}, _CPU, tuner)
         batches = itertools.cycle(list(Loader(open_data(data.data[key]), _CPU).train(0)))
         parts.append((lanes, [member.id for member in members], batches))
@@ -288,4 +288,5 @@ _METHODS = {
     "vmap": Method(stacked),
     "processes": Method(processes),
     "cgo": Method(merged),
+    "cgo-compiled": Method(functools.partial(merged, tuning=Tuning(compile=True)), compiles=True),
 }

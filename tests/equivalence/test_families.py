@@ -70,7 +70,7 @@ def test_float64_in_every_layout_and_width(optimizer, width, layout, tmp_path):
     # Two of each family, so that every group has company.
     given = cases(optimizer, precision="float64", epochs=EPOCHS)
     given += [replace(case, id=f"{case.id}-2", seed=case.seed + 50) for case in given]
-    merged = Merged(given, tmp_path, tuning=cgo.Tuning(layout=layout, width=width))
+    merged = Merged(given, tmp_path, tuning=cgo.Tuning(layout=layout, width=width, tape=True))
     for case in given:
         assert_equal_float64(merged, case)
 

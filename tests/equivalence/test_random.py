@@ -54,7 +54,9 @@ def forced(seed):
     """How groups are executed, drawn as well: by known costs, or all in one layout and width."""
     dice = random.Random(seed)
     layout = dice.choice([None, None, "lanes", "stacked", "channels"])
-    return cgo.Tuning(measure=False, layout=layout, width=dice.choice([None, None, 2]))
+    return cgo.Tuning(
+        measure=False, layout=layout, width=dice.choice([None, None, 2]), tape=dice.random() < 0.8
+    )
 
 
 def check(given_cases, folder, tuning):

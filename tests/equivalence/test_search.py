@@ -76,7 +76,7 @@ FORCED = [
 @pytest.mark.parametrize("forced", FORCED, ids=str)
 def test_the_same_in_every_layout_and_width(forced, tmp_path, alone):
     given = search()
-    merged = Merged(given, tmp_path, tuning=cgo.Tuning(**forced))
+    merged = Merged(given, tmp_path, tuning=cgo.Tuning(**forced, tape=True))
     for case in given:
         assert_equal_float64(merged, case, alone[case.id])
 

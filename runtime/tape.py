@@ -1,0 +1,431 @@
+"""A step as a tape: the ATen calls of forward and backward, recorded once and replayed.
+
+A program of hundreds of small operators pays more for calling them than for computing: Python
+dispatches each, autograd writes down each, and its engine finds its way back. All of that is the
+same at every step, as shapes do not change. So one step is watched below autograd, call by call;
+what it called, in order and with the same arguments, is the step. TorchScript's interpreter, which
+is part of torch, replays it without Python and without autograd.
+
+A tape is not trusted before it has given, at another step than the one it was recorded from, the
+same bits as that step run plainly.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from cgo.errors import CgoError
+
+log = logging.getLogger(__name__)
+
+#: Gives a step's values, in order, from what it reads, in order.
+Replay = Callable[..., Sequence[Tensor]]
+
+
+class TapeError(CgoError):
+    """A step that cannot be replayed; it runs as it did before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A tensor on the tape; names are unique."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One ATen call: arguments by name, tensors as `Value`s; None for outputs without tensor."""
+
+    op: OpOverload
+    arguments: Mapping[str, Any]
+    outputs: tuple[Value | None, ...]
+    listed: bool  # the outputs come in a list
+
+    def reads(self) -> Iterator[Value]:
+        """The values among the arguments."""
+        for argument in self.arguments.values():
+            yield from _values(argument)
+
+
+@dataclass(frozen=True)
+class Tape:
+    """A step as straight-line code. `constants` are tensors that it reads and nobody hands over."""
+
+    inputs: tuple[Value, ...]
+    constants: Mapping[Value, Tensor]
+    calls: tuple[Call, ...]
+    results: tuple[Value, ...]
+
+
+def record(
+    step: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]
+) -> tuple[Sequence[Tensor], Tape]:
+    """Run a step once and write down what it calls; gives its results, and the tape.
+
+    Args:
+        step: Called with `inputs`; gives the tensors that a replay is to give. What it writes into
+            tensors a replay writes as well.
+        inputs: What it reads and what may be another tensor at the next step.
+
+    Raises:
+        TapeError: a call whose result depends on values, or on the process's random stream: it
+            would be another one at the next step. Or one tensor is handed over as two inputs,
+            which may be two at the next step.
+    """
+    if len(set(map(id, inputs))) < len(inputs):
+        raise TapeError("two inputs are one tensor")
+    recorder = _Recorder(inputs)
+    with recorder:
+        results = step(*inputs)
+    return results, recorder.tape(results)
+
+
+class _Recorder(TorchDispatchMode):
+    """Sees every call below autograd; compound operators are in parts by then."""
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._calls: list[Call] = []
+        self._constants: dict[Value, Tensor] = {}
+        self._inputs = tuple(Value(f"i{index}") for index in range(len(inputs)))
+        self._count = 0
+        for value, tensor in zip(self._inputs, inputs):
+            self._known[tensor] = value
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        _refuse(func, args, kwargs)
+        arguments = {
+            parameter.name: self._argument(given)
+            for parameter, given in zip(func._schema.arguments, args)
+        }
+        arguments |= {name: self._argument(given) for name, given in kwargs.items()}
+        result = func(*args, **kwargs)
+        listed = isinstance(result, list)
+        given = result if isinstance(result, (list, tuple)) else [result]
+        self._calls.append(Call(func, arguments, tuple(map(self._output, given)), listed))
+        return result
+
+    def _argument(self, given: Any) -> Any:
+        if isinstance(given, Tensor):
+            return self._value(given)
+        if isinstance(given, (list, tuple)):
+            return tuple(self._argument(item) for item in given)
+        return given
+
+    def _value(self, tensor: Tensor) -> Value:
+        known = self._known.get(tensor)
+        if known is None:
+            known = self._known[tensor] = Value(f"c{len(self._constants)}")
+            self._constants[known] = tensor.detach()
+        return known
+
+    def _output(self, given: Any) -> Value | None:
+        if not isinstance(given, Tensor):
+            return None
+        known = self._known.get(given)  # what is written in place is the tensor that it was
+        if known is None:
+            known = self._known[given] = Value(f"v{self._count}")
+            self._count += 1
+        return known
+
+    def tape(self, results: Sequence[Tensor]) -> Tape:
+        if any(result not in self._known for result in results):
+            raise TapeError("a result comes from no recorded call")
+        found = tuple(self._known[result] for result in results)
+        return _simplified(Tape(self._inputs, self._constants, tuple(self._calls), found))
+
+
+def _refuse(func: OpOverload, args: Any, kwargs: Any) -> None:
+    tags = func.tags
+    varies = torch.Tag.dynamic_output_shape in tags
+    if func is torch.ops.aten.index.Tensor:  # by positions the shape is known, by a mask it is not
+        varies = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+    if varies or torch.Tag.data_dependent_output in tags:
+        raise TapeError(f"{func}: depends on values")
+    random = torch.Tag.nondeterministic_seeded in tags
+    if random and not any(isinstance(item, torch.Generator) for item in tree_iter((args, kwargs))):
+        raise TapeError(f"{func}: draws from the process's random stream")
+
+
+class Taped:
+    """A step that is run plainly, then recorded, then checked, then replayed.
+
+    Args:
+        step: Called with a list of tensors; gives the tensors that the step is for. What it reads
+            beside its inputs is the same tensor at every step.
+        buffers: What it writes in place.
+        wanted: Whether it is to be recorded at all; preparing takes the time of some ten steps.
+        compiled: Makes another form of a tape and its replay, called with one step's inputs; None
+            of it where the replay is to be kept.
+
+    Attributes:
+        reason: Why it is not replayed; empty while it may be.
+    """
+
+    def __init__(
+        self,
+        step: Callable[..., Sequence[Tensor]],
+        buffers: Sequence[Tensor],
+        *,
+        wanted: bool,
+        compiled: Callable[[Tape, Replay, Sequence[Tensor]], Replay | None] | None = None,
+    ) -> None:
+        self._step, self._buffers, self._compiled = step, list(buffers), compiled
+        self._runs = 0
+        self._tape: Tape | None = None  # recorded, not yet checked
+        self._replay: Replay | None = None  # trusted
+        self.reason = "" if wanted else "too few steps are planned"
+
+    @property
+    def replaying(self) -> bool:
+        """Whether the next step is a replay."""
+        return self._replay is not None
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Run the step."""
+        if self._replay is not None:
+            return self._replay(*inputs)
+        self._runs += 1
+        if self.reason or self._runs == 1:  # the first allocates memory and chooses kernels
+            return self._step(*inputs)
+        return self._recorded(inputs) if self._tape is None else self._checked(inputs)
+
+    def _recorded(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        before = _clones(self._buffers)
+        try:
+            results, self._tape = record(self._step, inputs)
+            return results
+        except TapeError as error:
+            self._give_up(str(error))
+            _restore(self._buffers, before)
+            return self._step(*inputs)
+
+    def _checked(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The step run plainly, and then by its tape from the same state; they must agree."""
+        assert self._tape is not None
+        tape, self._tape = self._tape, None
+        before = _clones(self._buffers)
+        results = list(self._step(*inputs))
+        after = _clones(self._buffers)
+        try:
+            self._replay = self._trusted(tape, inputs, before, [*results, *after])
+        except TapeError as error:
+            self._give_up(str(error))
+        _restore(self._buffers, after)
+        return results
+
+    def _trusted(
+        self,
+        tape: Tape,
+        inputs: Sequence[Tensor],
+        before: Sequence[Tensor],
+        expected: Sequence[Tensor],
+    ) -> Replay:
+        replay = compile_tape(tape)
+        _restore(self._buffers, before)
+        try:
+            found = [*replay(*inputs), *self._buffers]
+        except RuntimeError as error:
+            raise TapeError(f"the replay failed: {error}") from error
+        if not _same_bits(expected, found):
+            raise TapeError("the replay does not give the same bits")
+        if self._compiled is None:
+            return replay
+        _restore(self._buffers, before)
+        return self._compiled(tape, replay, inputs) or replay
+
+    def _give_up(self, reason: str) -> None:
+        log.info("a step is not replayed: %s", reason)
+        self.reason = reason
+
+
+def _clones(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.clone() for tensor in tensors]
+
+
+def _restore(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    if tensors:
+        torch._foreach_copy_(list(tensors), list(values))
+
+
+def _same_bits(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
+    """Whether tensors are equal, NaN to NaN."""
+    return len(left) == len(right) and all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+        for a, b in zip(left, right)
+    )
+
+
+# --- rewrites -------------------------------------------------------------------------------------
+
+_SAME = frozenset({torch.ops.aten.detach.default, torch.ops.aten.alias.default})
+
+
+def _simplified(tape: Tape) -> Tape:
+    """Without calls that give their input as it is, and without those that nobody needs."""
+    same: dict[Value, Value] = {}
+    calls: list[Call] = []
+    for call in tape.calls:
+        call = replace(call, arguments=_renamed(call.arguments, same))
+        if call.op in _SAME and call.outputs[0] is not None:
+            same[call.outputs[0]] = call.arguments["self"]
+        else:
+            calls.append(call)
+    results = tuple(same.get(result, result) for result in tape.results)
+    return replace(tape, calls=tuple(_needed(calls, results)), results=results)
+
+
+def _needed(calls: Sequence[Call], results: Sequence[Value]) -> list[Call]:
+    needed = set(results)
+    kept: list[Call] = []
+    for call in reversed(calls):
+        if call.op._schema.is_mutable or not needed.isdisjoint(call.outputs):
+            needed.update(call.reads())
+            kept.append(call)
+    return kept[::-1]
+
+
+def _renamed(argument: Any, names: Mapping[Value, Value]) -> Any:
+    if isinstance(argument, Value):
+        return names.get(argument, argument)
+    if isinstance(argument, tuple):
+        return tuple(_renamed(item, names) for item in argument)
+    if isinstance(argument, dict):
+        return {name: _renamed(item, names) for name, item in argument.items()}
+    return argument
+
+
+def _values(argument: Any) -> Iterator[Value]:
+    if isinstance(argument, Value):
+        yield argument
+    elif isinstance(argument, tuple):
+        for item in argument:
+            yield from _values(item)
+
+
+# --- replay ---------------------------------------------------------------------------------------
+
+
+def compile_tape(tape: Tape) -> Replay:
+    """The tape as a function of its inputs, run by TorchScript's interpreter.
+
+    Raises:
+        TapeError: TorchScript cannot run it, or would call other overloads.
+    """
+    constants = list(tape.constants)
+    try:
+        unit = torch._C.CompilationUnit()
+        unit.define(_source(tape, constants), _torch_alone)
+        function = unit.find_function("step")
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise TapeError(f"TorchScript does not take it: {str(error)[:300]}") from error
+    _check(tape, function.graph)
+    given = [tape.constants[constant] for constant in constants]
+
+    def replay(*inputs: Tensor) -> Sequence[Tensor]:
+        before = torch._C._get_graph_executor_optimize()
+        torch._C._set_graph_executor_optimize(False)  # as it is written: other orders, other bits
+        try:
+            with torch.no_grad():
+                results: list[Tensor] = function(*inputs, *given)
+            return results
+        finally:
+            torch._C._set_graph_executor_optimize(before)
+
+    return replay
+
+
+def _source(tape: Tape, constants: Sequence[Value]) -> str:
+    parameters = ", ".join(f"{value.name}: Tensor" for value in (*tape.inputs, *constants))
+    lines = [f"def step({parameters}) -> List[Tensor]:"]
+    lines += [f"  {_line(call)}" for call in tape.calls]
+    results = ", ".join(value.name for value in tape.results)
+    lines.append(f"  return [{results}]")
+    return "\n".join(lines) + "\n"
+
+
+def _line(call: Call) -> str:
+    types = {argument.name: argument.type for argument in call.op._schema.arguments}
+    keyword_only = {a.name for a in call.op._schema.arguments if a.kwarg_only}
+    # In order, and by name from where torch wants it: "self" and "from" are no names in Python.
+    given = [
+        f"{name}={_literal(value, types[name])}"
+        if name in keyword_only
+        else _literal(value, types[name])
+        for name, value in call.arguments.items()
+    ]
+    space, _, name = call.op._schema.name.partition("::")
+    text = f"torch.ops.{space}.{name}({', '.join(given)})"
+    if not call.outputs or all(value is None for value in call.outputs):
+        return text
+    names = [f"_{i}" if value is None else value.name for i, value in enumerate(call.outputs)]
+    if call.op._schema.is_mutable:  # what it gives is known by name already
+        names = [n if n.startswith("v") else f"_{i}" for i, n in enumerate(names)]
+    comma = "," if call.listed and len(names) == 1 else ""
+    return f"{', '.join(names)}{comma} = {text}"
+
+
+def _literal(value: Any, type_: Any) -> str:
+    if isinstance(value, Value):
+        return value.name
+    if isinstance(value, tuple):
+        inner = _element(type_)
+        items = ", ".join(_literal(item, inner) for item in value)
+        return f"torch.jit.annotate({_list_type(type_)}, [{items}])"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'float("{value}")'
+    if isinstance(value, torch.device):
+        return f'torch.device("{value}")'
+    return (
+        repr(value) if isinstance(value, (bool, int, float, str)) or value is None else str(value)
+    )
+
+
+def _element(type_: Any) -> Any:
+    while isinstance(type_, torch.OptionalType):
+        type_ = type_.getElementType()
+    return type_.getElementType() if isinstance(type_, torch.ListType) else type_
+
+
+def _list_type(type_: Any) -> str:
+    element = _element(type_)
+    return f"List[{element.annotation_str}]"
+
+
+def _torch_alone(name: str) -> Any:
+    """The only name of Python that a tape's source may use."""
+    return torch if name == "torch" else None
+
+
+def _check(tape: Tape, graph: Any) -> None:
+    """TorchScript picks overloads by argument types; they must be those that were called."""
+    nodes = [node for node in graph.nodes() if not node.kind().startswith("prim::")]
+    for call, node in zip(tape.calls, nodes, strict=True):
+        wanted, found = str(call.op._schema), node.schema()
+        if wanted == found:
+            continue
+        # Python's overloads take numbers as tensors; TorchScript has others, which do the same.
+        if call.op._overloadname != "Tensor" or not found.startswith(
+            f"{call.op._schema.name}.Scalar("
+        ):
+            raise TapeError(f"TorchScript would call {found!r} instead of {wanted!r}")
