@@ -13,6 +13,7 @@ from __future__ import annotations
 import heapq
 import operator
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -217,20 +218,26 @@ _JITTER = 0.9
 _TIES = 8
 
 
-def _ranks(nodes: Sequence[Node]) -> list[tuple[str, str, int]]:
+def _ranks(nodes: Sequence[Node]) -> list[tuple[str, str, tuple[object, ...]]]:
     """The order of members in a group: by model, then by place in the model's own program.
 
-    Consecutive groups of the same members so have the same lanes.
+    Consecutive groups of the same members so have the same lanes. The place is told by the numbers
+    in names, which capture gives in order to the calls of one operator: places in this graph would
+    be others once its nodes have been reordered, and a second run of the pass would move them anew.
     """
-    places: dict[tuple[str, str], int] = {}
     ranks = []
     for node in nodes:
-        owner = min(node.owners)
-        program = node.name.partition("/")[2].rpartition("/")[0]
-        key = owner, program
-        places[key] = places.get(key, -1) + 1
-        ranks.append((owner, program, places[key]))
+        _, _, rest = node.name.partition("/")
+        program, _, own = rest.rpartition("/")
+        ranks.append((min(node.owners), program, _natural(own or node.name)))
     return ranks
+
+
+def _natural(name: str) -> tuple[object, ...]:
+    """A key by which `relu` comes before `relu_2`, and that before `relu_10`."""
+    return tuple(
+        (1, int(part)) if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)
+    )
 
 
 class Operand(NamedTuple):

@@ -143,7 +143,7 @@ class Tuner:
         decide = self._forced if self.tuning.forced else self._options
         for name in sorted(groups, key=lambda name: -_weight(groups[name], timer.types)):
             options[name] = decide(groups[name], timer)
-        moving = repacking(self.table, self.device)
+        moving = repacking(self.table, self.device, measure=self.tuning.measure)
         return assign_layouts(graph, options, moving)
 
     def _options(self, nodes: Sequence[Node], timer: Timer) -> list[Option]:

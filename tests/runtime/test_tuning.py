@@ -9,8 +9,9 @@ from support.merged import Case, Merged, assert_equal_float64
 
 import cgo
 from cgo.errors import TrialError
+from cgo.graph import Graph
 from cgo.runtime.choice import LOOP, Rules
-from cgo.runtime.costs import CostTable
+from cgo.runtime.costs import CostTable, repacking
 from cgo.runtime.tuning import Record, Tuner, make_tuner
 from cgo.tuning import Tuning
 
@@ -128,3 +129,32 @@ def test_a_table_that_cannot_be_opened_stops_no_training(tmp_path, monkeypatch, 
     tuner = make_tuner(Tuning(), CPU, 10)
     assert "cannot be used" in caplog.text
     assert tuner.table is not None
+
+
+def test_replayed_steps_give_the_bits_of_steps_run_plainly(tmp_path):
+    given = cases(precision="float32", optimizer="Adam", grad_clip_norm=0.5)
+    taped, plain = (
+        Merged(given, tmp_path / str(tape), tuning=cgo.Tuning(measure=False, tape=tape))
+        for tape in (True, False)
+    )
+    for case in given:
+        assert taped.losses[case.id] == plain.losses[case.id]
+        left, right = taped.state(case.id), plain.state(case.id)
+        assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize(
+    ("tape", "steps", "taped"), [(None, 10, False), (None, 1000, True), (True, 10, True)]
+)
+def test_steps_are_taped_where_the_plan_repays_it_or_it_is_asked_for(tape, steps, taped):
+    tuner = Tuner(CostTable(None, CPU), CPU, Rules(), Tuning(measure=False, tape=tape), steps)
+    assert tuner(Graph((), ()), []).taped is taped
+
+
+def test_without_measuring_two_choices_are_alike(tmp_path):
+    """What copies cost is not measured either: timings would differ from run to run."""
+    table = CostTable(None, CPU, shipped=False)
+    first, second = (repacking(table, CPU, measure=False) for _ in range(2))
+    assert first == second
+    assert first("to lanes", 4, 0) > 0
+    assert table.rows() == []
