@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt "setuptools>=77" wheel
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[demo,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[demo,dev,nni,rl]"
 	touch $@
 
 clean:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from typing_extensions import Self
 
@@ -283,10 +283,22 @@ _process_engine: _Engine | None = None
 _process_lock = threading.Lock()
 
 
-def get_execution_engine() -> AbstractExecutionEngine:
-    """The process-wide engine, made on first use; for strategies that expect a singleton."""
+def get_execution_engine(**options: Any) -> AbstractExecutionEngine:
+    """The process-wide engine, made on first use; for strategies that expect a singleton.
+
+    Args:
+        options: Arguments of `CGOEngine`, such as `platform`.
+
+    Raises:
+        SpecError: arguments were given, and the engine is there already.
+    """
     global _process_engine
     with _process_lock:
         if _process_engine is None or _process_engine._closed:
-            _process_engine = CGOEngine()
+            _process_engine = CGOEngine(**options)
+        elif options:
+            raise SpecError(
+                f"get_execution_engine: the engine is there already, without {', '.join(options)}; "
+                "give arguments in the first call, or close() it first"
+            )
         return _process_engine

@@ -1,4 +1,7 @@
-"""A trial's entry point: `python -m cgo.trial GRAPH_JSON --events-fd N`."""
+"""A trial's entry point: `python -m cgo.trial GRAPH_JSON --events-fd N`.
+
+Without a document, and inside a trial of NNI's, what to train is NNI's next parameter.
+"""
 
 from __future__ import annotations
 
@@ -66,20 +69,33 @@ def experiment_config() -> Mapping[str, Any]:
     return _current.experiment
 
 
+def enter(graph_data: GraphData) -> None:
+    """Make this process the trial of a document."""
+    global _current
+    _current = graph_data
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a trial; returns the exit code."""
-    global _current
     parser = argparse.ArgumentParser(prog="python -m cgo.trial", description=__doc__)
-    parser.add_argument("document", type=Path, help="the GraphData, a JSON file")
+    parser.add_argument(
+        "document", type=Path, nargs="?", help="the GraphData, a JSON file; none: NNI's parameter"
+    )
     parser.add_argument("--events-fd", type=int, default=1, help="where event lines are written")
     parser.add_argument("--parent-fd", type=int, help="a pipe whose closing ends the trial")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, _terminate)
+    if options.document is None:
+        if "NNI_PLATFORM" not in os.environ:
+            parser.error("a document is needed outside of NNI's trials")
+        from cgo.nni.trial import run
+
+        return run()
     if options.parent_fd is not None:
         follow_parent(options.parent_fd)
     roots = os.environ.get(IMPORT_ROOTS, "")
     sys.path[:0] = [root for root in roots.split(os.pathsep) if root and root not in sys.path]
-    _current = GraphData.read(options.document)
+    enter(GraphData.read(options.document))
     with os.fdopen(options.events_fd, "w", buffering=1, closefd=False) as events:
 
         def report(event: Event) -> None:

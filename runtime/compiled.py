@@ -113,7 +113,7 @@ def compile_step(tape: Tape, inputs: Sequence[Tensor]) -> Replay:
     try:
         with torch.no_grad():
             given = [value.detach() for value in (*inputs, *constants)]
-            function = torch._inductor.compile(_module(tape), given)
+            function = torch._inductor.compile(_module(tape), list[Any](given))
             function(*_copies(given))
     except Exception as error:  # Inductor raises what its many parts raise
         raise CompileError(f"Inductor: {type(error).__name__}: {str(error)[:500]}") from error
@@ -149,10 +149,10 @@ def _module(tape: Tape) -> fx.GraphModule:
         kwargs = {name: value for name, value in named.items() if name in keywords}
         result = graph.call_function(call.op, args, kwargs)
         several = call.listed or len(call.outputs) > 1
-        for index, value in enumerate(call.outputs):
-            if value is not None and value not in nodes:
+        for index, output in enumerate(call.outputs):
+            if output is not None and output not in nodes:
                 part = graph.call_function(operator.getitem, (result, index))
-                nodes[value] = part if several else result
+                nodes[output] = part if several else result
     graph.output([nodes[result] for result in tape.results])
     graph.eliminate_dead_code()
     return fx.GraphModule(torch.nn.Module(), graph)

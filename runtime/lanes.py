@@ -356,6 +356,7 @@ class _Bound:
         gradients = [values[i].grad for i in self._with_gradient]
         for position, gradient in earlier.items():
             now = values[position].grad
+            assert gradient is not None
             values[position].grad = gradient if now is None else gradient + now
         return [*(result.detach() for result in results), *gradients]  # type: ignore[list-item]
 

@@ -249,11 +249,12 @@ def _obituary(running: _Running, code: int) -> str:
     path = running.request.folder / "log.txt"
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     text = f"trial {running.request.trial_id} ended with {how}; its log is {path}"
-    last = _last_lines(path, 20)
+    last = last_lines(path, 20)
     return f"{text}; last lines:\n{last}" if last else text
 
 
-def _last_lines(path: Path, count: int) -> str:
+def last_lines(path: Path, count: int) -> str:
+    """The end of a log; nothing where there is none."""
     if not path.exists():
         return ""
     return "\n".join(path.read_text(errors="replace").splitlines()[-count:])
