@@ -246,3 +246,15 @@ def test_capture_leaves_the_module_and_the_random_streams_alone(capturer):
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert all(parameter.grad is None for parameter in net.parameters())
+
+
+class Unprintable(nn.Sequential):
+    def __repr__(self):
+        raise AttributeError("no arguments to print")
+
+
+def test_a_module_that_cannot_be_printed_is_captured(capturer):
+    first, second = (capture(capturer, Unprintable(nn.Flatten(), nn.Linear(6, 3))) for _ in "ab")
+    assert first.entry.opaque is None
+    assert first.graph is not None
+    assert text(first) == text(second)

@@ -274,6 +274,15 @@ def _first_line(error: Exception) -> str:
     return lines[0][:300] if lines else "no message"
 
 
+def _printed(module: nn.Module) -> str:
+    """The module as text; of one that cannot be printed (NNI's frozen spaces), its classes."""
+    try:
+        return str(module)
+    except Exception as error:
+        log.debug("%s cannot be printed: %s", type(module).__name__, error)
+        return repr([(path, type(part).__qualname__) for path, part in module.named_modules()])
+
+
 def _structure(model: Model, module: nn.Module, examples: Examples) -> str:
     """Key of the cache: what a capture depends on, but for values of weights."""
     tensors = [
@@ -284,13 +293,13 @@ def _structure(model: Model, module: nn.Module, examples: Examples) -> str:
         name: {key: [str(leaf.dtype), list(leaf.shape)] for key, leaf in leaves.items()}
         for name, leaves in examples.batches.items()
     }
-    what: Any = [str(model.module), model.kwargs]
-    if not isinstance(model.module, str):
-        what = [type(module).__module__, type(module).__qualname__]
+    what: Any = [type(module).__module__, type(module).__qualname__]
+    if isinstance(model.module, str):
+        what = [model.module, model.kwargs]
     training = as_json(model.training)
     modes = [part.training for part in module.modules()]
     return digest_of(
-        [what, str(module), tensors, modes, shapes, training["loss"], training["precision"]]
+        [what, _printed(module), tensors, modes, shapes, training["loss"], training["precision"]]
     )
 
 

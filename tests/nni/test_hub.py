@@ -1,10 +1,12 @@
 """NNI's hub of model spaces: four models of each of eight, all in one search."""
 
+import contextlib
 import warnings
 
-import nni
+import numpy
 import pytest
 import torch
+from nni.mutable.exception import SampleValidationError
 from nni.nas.evaluator.pytorch import Classification, DataLoader
 from nni.nas.space import ModelStatus, SimplifiedModelSpace
 from torch.utils.data import TensorDataset
@@ -58,14 +60,11 @@ def evaluator():
 
 def sampled(name, count=4):
     space = SimplifiedModelSpace.from_model(spaces()[name](), evaluator())
-    found = {}
-    state = torch.Generator().manual_seed(0).initial_seed()
-    import numpy
-
-    dice = numpy.random.RandomState(state)
+    found, dice = {}, numpy.random.RandomState(0)
     while len(found) < count:
-        model = space.random(random_state=dice)
-        found[str(model.sample)] = model
+        with contextlib.suppress(SampleValidationError):  # NAS-Bench-101 has invalid samples
+            model = space.random(random_state=dice)
+            found[str(model.sample)] = model
     return list(found.values())
 
 
@@ -107,4 +106,3 @@ def test_a_space_of_the_hub(name, tmp_path):
     models = sampled(name, 2)
     explained, _ = trained(models, tmp_path, merge_size=2)
     assert explained[0].startswith("trial 0: 2 models, 2 captured")
-    assert nni.__version__
