@@ -12,12 +12,14 @@ import argparse
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from nni.nas.execution import SequentialExecutionEngine
 from nni.nas.experiment import NasExperiment
 from nni.nas.space import SimplifiedModelSpace
-from nni.nas.strategy import Random, RegularizedEvolution
+from nni.nas.strategy import RegularizedEvolution
+from nni.nas.strategy.base import Strategy
 from nni_search_space import digits_evaluator, digits_space
 
 from cgo.nni import CGOExecutionEngine, NniPlatform
@@ -27,15 +29,22 @@ warnings.simplefilter("ignore")
 
 def strategy() -> RegularizedEvolution:
     """The same search each time."""
-    return RegularizedEvolution(population_size=8, sample_size=4, seed=1, dedup=False)
+    return RegularizedEvolution(population_size=8, sample_size=4, mutation_prob=0.3, seed=1)
 
 
-def merged(models: int, epochs: int, folder: Path, platform: str) -> CGOExecutionEngine:
+def merged(
+    models: int,
+    epochs: int,
+    folder: Path,
+    platform: str,
+    strategy: Callable[[], Strategy] = strategy,
+    merge_size: int = 8,
+) -> CGOExecutionEngine:
     """The one line that changes: another engine."""
     space = SimplifiedModelSpace.from_model(digits_space(), digits_evaluator(epochs))
     engine = CGOExecutionEngine(
         folder,
-        merge_size=8,
+        merge_size=merge_size,
         max_models=models,
         platform=NniPlatform(working_directory=folder / "nni") if platform == "nni" else None,
     )
@@ -44,15 +53,17 @@ def merged(models: int, epochs: int, folder: Path, platform: str) -> CGOExecutio
     return engine
 
 
-def sequential(models: int, epochs: int) -> None:
+def sequential(models: int, epochs: int, strategy: Callable[[], Strategy] = strategy) -> None:
     """NNI's sequential engine: one model after another, in this process."""
     space = SimplifiedModelSpace.from_model(digits_space(), digits_evaluator(epochs))
-    Random(seed=1)(space, SequentialExecutionEngine(max_model_count=models))
+    strategy()(space, SequentialExecutionEngine(max_model_count=models))
 
 
-def training_service(models: int, epochs: int, folder: Path) -> None:
+def training_service(
+    models: int, epochs: int, folder: Path, strategy: Callable[[], Strategy] = strategy
+) -> None:
     """NNI's own engine on its local training service: a trial for each model."""
-    experiment = NasExperiment(digits_space(), digits_evaluator(epochs), Random(seed=1))
+    experiment = NasExperiment(digits_space(), digits_evaluator(epochs), strategy())
     experiment.config.max_trial_number = models
     experiment.config.trial_concurrency = 1
     experiment.config.experiment_working_directory = str(folder)

@@ -58,8 +58,14 @@ def preserved_random_state() -> Iterator[None]:
 
 
 def seed_all(seed: int) -> None:
-    """Seed torch, numpy and random."""
-    torch.manual_seed(seed)
+    """Seed torch, numpy and random.
+
+    As `torch.manual_seed`, which takes a millisecond where CUDA is not in use yet: for each device
+    it keeps a note of who asked.
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 
@@ -198,18 +204,23 @@ class _Sampled(Dataset[Any]):
         self.data, self.seed, self.split = data, seed, split
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
-        epoch, index = key
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Any]:
+        """A batch's samples; what a loader asks for where it is there."""
+        with preserved_random_state():
+            return [self._read(epoch, index) for epoch, index in keys]
+
+    def _read(self, epoch: int, index: int) -> Any:
         # One stream a sample: SeedSequence mixes the three numbers so that no two collide by sum.
         mixed = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)
-        with preserved_random_state():
-            seed_all(int(mixed[0]) >> 1)
-            try:
-                return self.data[index]
-            except Exception as error:
-                raise DataError(
-                    f"sample {index} of the {self.split} data raised "
-                    f"{type(error).__name__}: {error}"
-                ) from error
+        seed_all(int(mixed[0]) >> 1)
+        try:
+            return self.data[index]
+        except Exception as error:
+            raise DataError(
+                f"sample {index} of the {self.split} data raised {type(error).__name__}: {error}"
+            ) from error
 
 
 def collate(samples: Sequence[Any]) -> Any:

@@ -248,6 +248,8 @@ def _alive(process: tuple[int, float]) -> bool:
 
 def run() -> int:
     """Train what NNI's next parameter asks for; returns the exit code."""
+    # Spaces are built without Lightning, whose import takes seconds.
+    os.environ.setdefault("NNI_FRAMEWORK", "none")
     import nni
 
     from cgo import trial

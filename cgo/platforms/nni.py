@@ -134,7 +134,9 @@ class NniPlatform:
         safe = "-P " if sys.version_info >= (3, 11) else ""
         command = f"env {settings} {self._python} {safe}-m cgo.trial"
         config.trial_command = f"{command}; code=$?; echo {_EXIT_CODE} $code; exit $code"
-        config.trial_concurrency = len(self._workers)
+        # One more, so that a trial need not wait until NNI has noticed that the last one is over;
+        # how many run is counted here.
+        config.trial_concurrency = len(self._workers) + 1
         config.search_space = {}
         # NNI wants one; with a channel of ours it is not started.
         config.tuner = AlgorithmConfig(name="Random")
@@ -158,12 +160,17 @@ class NniPlatform:
                 return
             if "metrics" in payload:
                 running.expected = payload["sequence"]
-            else:
-                running.heard.add(payload["sequence"])
         for event in events_of(payload):
             self._on_event(trial_id, event)
+        with self._lock:
+            if "metrics" not in payload:
+                running.heard.add(payload["sequence"])
+            complete = running.expected is not None and len(running.heard) >= running.expected
         if running.cancelled:
             self.cancel(trial_id)
+        if complete:  # NNI takes seconds to notice that the process has ended
+            running.ended = running.ended or "SUCCEEDED"
+            self._exit(running, None)
 
     def _ended(self, job: str, how: str) -> None:
         """A trial of NNI's is over."""
@@ -175,7 +182,9 @@ class NniPlatform:
             if trial_id is None or trial_id not in self._running:
                 return
             running = self._running[trial_id]
-            running.ended, running.job = how, running.job or job
+            if running.job not in (None, job):  # the end of an earlier run of this trial
+                return
+            running.ended, running.job = how, job
         wait_s = _LATE_S if how == "SUCCEEDED" else _LATE_DEAD_S
         threading.Thread(target=self._settle, args=(running, wait_s), daemon=True).start()
 

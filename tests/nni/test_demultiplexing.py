@@ -65,6 +65,8 @@ def test_no_metric_reaches_a_wrong_model(sizes, epochs, seed):
         for _ in range(dice.choice([1, 1, 2])):
             told.platform._heard(metric)
     assert len(told.events) == expected
+    assert sorted(ended.trial_id for ended in told.exits) == trials
+    assert not any(ended.error for ended in told.exits)
     for trial, event in told.events:
         assert event.model.startswith(f"{trial}-")
         assert event.value["val"] == f"{event.model}-{event.epoch}"

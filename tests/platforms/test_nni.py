@@ -135,7 +135,7 @@ def test_configurations_of_other_services_are_passed_on_as_they_are():
         config = platform._config()
         assert config.training_service is service
         assert "python3 -P -m cgo.trial" in config.trial_command or sys.version_info < (3, 11)
-        assert config.trial_concurrency == 3
+        assert config.trial_concurrency == 4
         assert platform.idle_workers()[0].device == service.platform
 
 
