@@ -24,13 +24,12 @@ def traced(train: str, validation: str) -> tuple[Any, Any]:
         validation: The same for validation.
     """
     import nni
+    from nni.common.serializer import SerializableObject
 
-    found = []
-    for text in (train, validation):
-        dataset: Any = nni.load(text)
-        found.append(dataset.get() if hasattr(dataset, "trace_symbol") and not hasattr(
-            dataset, "__getitem__") else dataset)  # fmt: skip
-    return found[0], found[1]
+    # Of what was frozen, NNI gives the recipe; of what was made before, the thing itself.
+    found: list[Any] = [nni.load(text) for text in (train, validation)]
+    first, second = (d.get() if type(d) is SerializableObject else d for d in found)
+    return first, second
 
 
 def stored(file: str, sha256: str) -> tuple[TensorDataset, TensorDataset]:

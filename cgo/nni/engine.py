@@ -105,6 +105,7 @@ class CGOExecutionEngine(ExecutionEngine):  # type: ignore[misc]
         self._telling = threading.RLock()  # callbacks are not called from two threads at once
         self._closed = False
         self._cgo: CGOEngine | None = None
+        self._translation: Translator | None = None
         self._alone: queue.SimpleQueue[ExecutableModelSpace | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=target, name=name, daemon=True)
@@ -304,9 +305,10 @@ class CGOExecutionEngine(ExecutionEngine):  # type: ignore[misc]
 
     def _translator(self) -> Translator:
         with self._changed:
-            if not hasattr(self, "_made"):
-                self._made = Translator(self._engine().experiment_dir / "data", self._seed)
-            return self._made
+            if self._translation is None:
+                folder = self._engine().experiment_dir / "data"
+                self._translation = Translator(folder, self._seed)
+            return self._translation
 
     # --- merging ----------------------------------------------------------------------------------
 
