@@ -140,7 +140,7 @@ class CGOExecutionEngine(ExecutionEngine):  # type: ignore[misc]
             raise SpecError(
                 f"submit_models: a model that is {status.value}; freeze a model and submit it once"
             )
-        if met := self._limit():
+        if met := self.limit_met():
             raise BudgetExhaustedError(met)
 
     def _name(self, model: ExecutableModelSpace, text: str) -> ModelId:
@@ -206,13 +206,10 @@ class CGOExecutionEngine(ExecutionEngine):  # type: ignore[misc]
 
     def budget_available(self) -> bool:
         """Whether neither `max_models` nor `max_duration_s` is used up; see `limit_met`."""
-        return self._limit() is None
+        return self.limit_met() is None
 
     def limit_met(self) -> str | None:
         """Which limit of the budget is used up, in words."""
-        return self._limit()
-
-    def _limit(self) -> str | None:
         submitted = self._earlier + self._submitted
         if self._max_models is not None and submitted >= self._max_models:
             return f"max_models: {submitted} of {self._max_models} models were submitted"

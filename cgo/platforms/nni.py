@@ -312,7 +312,7 @@ class _Manager:
         died: Callable[[_Manager], None],
     ) -> None:
         self.port = port or _free_port()
-        self._heard, self._told_end, self._told_death = heard, ended, died
+        self._heard, self._told_death = heard, died
         self._closing = False
         self._number = 0
         # NNI copies a trial's code to every worker: ours is installed there, so there is none.
