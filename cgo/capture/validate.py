@@ -24,6 +24,10 @@ TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 2e-2}
 _CPU = torch.device("cpu")
 _UNSEEN = 7_919  # no seed of note
 
+# What the stream gives next. Draws that no result shows (a noise that is added to nothing, a dropout
+# whose result nobody reads) would still leave the stream elsewhere than training alone leaves it.
+_STREAM = "the random stream after it"
+
 
 def program_graph(program: Program, name: str, model: str = "") -> Graph:
     """The program alone as a graph."""
@@ -39,8 +43,8 @@ def validate(
 ) -> None:
     """Run captured and eager side by side, twice, with two seeds and two orders of the batch.
 
-    Losses, predictions, gradients (which are there at all, and their values) and buffers must
-    agree.
+    Losses, predictions, gradients (which are there at all, and their values), buffers and the place
+    in the random stream must agree.
 
     Raises:
         CaptureError: they do not; says what differs.
@@ -74,6 +78,7 @@ def _eager(
             found = {"the loss": loss}
             if isinstance(prediction, Tensor):
                 found["the prediction"] = prediction
+        found[_STREAM] = torch.rand(2)
     if name.startswith("train") and loss.requires_grad:
         loss.backward()
     return found | _state(module)
@@ -108,6 +113,7 @@ def _captured(
     found: dict[str, Tensor | None] = {
         f"the {output.role}": value for output, value in named if output.role != "update"
     }
+    found[_STREAM] = torch.rand(2, generator=generator)
     loss = found["the loss"]
     if loss is not None and name.startswith("train") and loss.requires_grad:
         loss.backward()

@@ -20,6 +20,7 @@ CAPTURED = (
     "constant",
     "alpha_dropout",
     "noise",
+    "idle_noise",
     "strided_norm",
 )
 OPAQUE = {
@@ -32,6 +33,7 @@ OPAQUE = {
     "write_view": "shares",
     "autocast": "wrap_with_autocast",
     "multinomial": "draws random numbers",
+    "unread_dropout": "the loss by",  # export drops it, and the next mask is another
 }
 
 

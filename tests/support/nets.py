@@ -289,6 +289,16 @@ class Trap(nn.Module):
     def _noise(self, x):
         return x + torch.randn_like(x) * 0.1
 
+    def _idle_noise(self, x):
+        """Drawn while training only, seen by nobody: only the stream tells it from evaluation."""
+        if self.training:
+            x = x + torch.randn_like(x) * 0
+        return F.dropout(x, 0.3, self.training)
+
+    def _unread_dropout(self, x):
+        F.dropout(x, 0.2, self.training)
+        return F.dropout(x, 0.3, self.training)
+
 
 def trap(kind):
     return Trap(kind)
