@@ -24,8 +24,8 @@ TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 2e-2}
 _CPU = torch.device("cpu")
 _UNSEEN = 7_919  # no seed of note
 
-# What the stream gives next. Draws that no result shows (a noise that is added to nothing, a dropout
-# whose result nobody reads) would still leave the stream elsewhere than training alone leaves it.
+# What the stream gives next. Draws that no result shows (a noise added to nothing, a dropout whose
+# result nobody reads) would still leave the stream elsewhere than training alone leaves it.
 _STREAM = "the random stream after it"
 
 
