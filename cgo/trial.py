@@ -38,7 +38,7 @@ def execute(
         graph_data: What to train; None takes the document that the trial was started with.
         folder: Where weights and the checkpoint go; default is a temporary folder.
         report: Called with each event.
-        observer: See `cgo.runtime.training.Observer`.
+        observer: See `cgo.runtime.device_lanes.Observer`.
 
     Raises:
         TrialError: no document was given and this process is no trial.

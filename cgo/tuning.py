@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from cgo.errors import SpecError
 
@@ -31,8 +31,11 @@ class Tuning:
         tape: Record a step's operator calls, forward and backward, and replay them by an
             interpreter, without Python and autograd; the bits are the same. None: where enough
             steps are planned.
-        compile: Compile that record with Inductor. None: where the planned steps are expected to
-            repay it; either way it is kept only where it is faster.
+        compile: Compile that record with Inductor (True, or "inductor"). None: where the planned
+            steps are expected to repay it; either way it is kept only where it is faster.
+        capture: Capture whole training steps, optimizers included, and replay them: as CUDA graphs,
+            with what can overlap on several streams. None: on a GPU, where enough steps are
+            planned. True on a CPU writes the calls down and calls them again: for tests, no faster.
 
     Raises:
         SpecError: a value makes no sense.
@@ -50,7 +53,8 @@ class Tuning:
     layout: str | None = None
     width: int | None = None
     tape: bool | None = None
-    compile: bool | None = None
+    compile: bool | Literal["inductor"] | None = None
+    capture: bool | None = None
 
     def __post_init__(self) -> None:
         if self.most_s < 0 or not 0 <= self.share <= 1:
@@ -59,6 +63,8 @@ class Tuning:
             )
         if self.layout not in (None, *_LAYOUTS):
             raise SpecError(f"tuning: layout {self.layout!r} is none of {', '.join(_LAYOUTS)}")
+        if self.compile not in (None, True, False, "inductor"):
+            raise SpecError(f"tuning: compile {self.compile!r}; True, False, None or 'inductor'")
         if self.width is not None and self.width < 1:
             raise SpecError(f"tuning: width {self.width}; at least 1")
 

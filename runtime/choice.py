@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import networkx
 import torch
+from torch import Tensor
 
 from cgo.graph import (
     SOURCES,
@@ -28,14 +29,18 @@ from cgo.graph import (
     program_of,
 )
 from cgo.operators import aten
-from cgo.runtime.compiled import Compiler
 from cgo.runtime.emitter import runs
+from cgo.runtime.tape import Replay, Tape
 
 #: What operators give that are not worth staying together for.
 _CHEAP_BYTES = 1024
 
 #: Marks the name of a group that is executed as a loop.
 LOOP = "~"
+
+#: Makes another form of a step from its name, its tape, its replay and one step's inputs; None
+#: where the replay is to be kept.
+Improve = Callable[[str, Tape, Replay, Sequence[Tensor]], "Replay | None"]
 
 #: What such groups are executed by, beside the names of forms.
 LOOPED = "loop"
@@ -57,7 +62,8 @@ class Choice:
     programs: tuple[tuple[ModelId, ...], ...]
     ways: Mapping[str, Way] = field(default_factory=dict)  # of groups, by name
     taped: bool = False  # steps are recorded, and replayed by an interpreter
-    compiler: Compiler | None = None  # of taped steps
+    improve: Improve | None = None  # of taped steps
+    captured: bool = False  # whole steps are captured, and replayed by the device
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from cgo.errors import CgoError
+from cgo.runtime.accelerator import Accelerator, CaptureRefused, captured_seconds
 from cgo.runtime.tape import Replay, Tape, Value
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class Compiler:
         known: Earlier decisions, by the step's name; they are followed.
         settled: Hears of each decision.
         tell: Hears what each compilation took and gained, as JSON values.
+        accelerator: Times steps as captured; None: as they are called.
     """
 
     wanted: bool | None
@@ -57,6 +59,7 @@ class Compiler:
     known: Mapping[str, bool]
     settled: Callable[[str, bool], None]
     tell: Callable[..., None] = lambda what, **figures: None
+    accelerator: Accelerator | None = None
 
     def __call__(
         self, name: str, tape: Tape, replay: Replay, inputs: Sequence[Tensor]
@@ -84,7 +87,7 @@ class Compiler:
             self.settled(name, False)
             return None
         spent = time.perf_counter() - started
-        plain_s, compiled_s = _seconds([replay, found], inputs)
+        plain_s, compiled_s = self._seconds([replay, found], inputs)
         faster = compiled_s < plain_s if known is None else True
         self.tell(
             "compiled", calls=len(tape.calls), seconds=spent, before_s=plain_s, after_s=compiled_s
@@ -96,12 +99,22 @@ class Compiler:
         """As `repays`; where no length of the step could speak for it, it is not timed."""
         if not repays(tape, math.inf, self.steps):
             return False
-        return repays(tape, _seconds([replay], inputs)[0], self.steps)
+        return repays(tape, self._seconds([replay], inputs)[0], self.steps)
+
+    def _seconds(self, forms: Sequence[Replay], inputs: Sequence[Tensor]) -> list[float]:
+        if self.accelerator is None:
+            return _seconds(forms, inputs)
+        try:
+            return [captured_seconds(self.accelerator, form, inputs) for form in forms]
+        except CaptureRefused as error:
+            log.info("steps are timed as they are called: %s", error)
+            return _seconds(forms, inputs)
 
 
 def repays(tape: Tape, step_s: float, steps: int) -> bool:
     """Whether compiling is expected to cost less than it gains in so many steps."""
-    if any("convolution" in call.op._schema.name for call in tape.calls):
+    on_cpu = all(value.device.type == "cpu" for value in tape.constants.values())
+    if on_cpu and any("convolution" in call.op._schema.name for call in tape.calls):
         return False
     return _CALL_S * len(tape.calls) < _GAIN * step_s * steps
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from cgo.errors import DataError
 from cgo.graph import Graph, ModelId, Node, Output, homes, restrict
 from cgo.model import loss_function
+from cgo.runtime.accelerator import accelerator_for
 from cgo.runtime.builder import Result as LoweredResult
 from cgo.runtime.builder import Source
 from cgo.runtime.choice import Choice, rules_for
@@ -59,13 +60,13 @@ class MergedLanes:
         self._graph = graph
         self._learning = learning_places(graph)
         self._constants = constants
-        self._device = device
+        self.device = device
         self._choose = choose or rules_for(device)
         self._chosen = Choice(graph, ())
         self._packed_for: tuple[ModelId, ...] = ()
         self._packed = PackedState((), self.members)
-        self._updates: Updates | None = None  # None: each model's own optimizer takes the step
-        self._programs: dict[tuple[str, tuple[ModelId, ...], bool], _Bound] = {}
+        self.updates: Updates | None = None  # None: each model's own optimizer takes the step
+        self._programs: dict[tuple[str, tuple[ModelId, ...], bool], Bound] = {}
 
     def train(self, models: Sequence[ModelId], leaves: Leaves, size: int) -> dict[ModelId, Outcome]:
         """Losses of the given models; gradients wait for `update`."""
@@ -74,7 +75,7 @@ class MergedLanes:
         bounds = [self._bound(f"train/{size}", ids) for ids in self._chosen.programs]
         drawn = [bound.draw() for bound in bounds]
         outcomes: dict[ModelId, Outcome] = {}
-        begun: list[_Bound] = []
+        begun: list[Bound] = []
         try:
             for bound, numbers in zip(bounds, drawn):
                 begun.append(bound)
@@ -87,13 +88,17 @@ class MergedLanes:
             if len(models) == 1:
                 return {models[0]: error}
             return self._train_apart(models, leaves, size, drawn)
-        if self._updates is None:
+        if self.updates is None:
             updaters = {model: self.members[model].updater for model in models}
-            self._updates = Updates(updaters, self._packed.learning)
+            on_device = self.device.type != "cpu" or self._chosen.captured
+            accelerator = accelerator_for(self.device) if on_device else None
+            self.updates = Updates(updaters, self._packed.learning, accelerator)
         return outcomes
 
-    def _train(self, bound: _Bound, leaves: Leaves, drawn: Drawn) -> dict[ModelId, Outcome]:
-        results = bound.train(leaves, drawn)
+    def _train(
+        self, bound: Bound, leaves: Leaves, drawn: Drawn, *, undo: bool = True
+    ) -> dict[ModelId, Result]:
+        results = bound.train(leaves, drawn, undo=undo)
         bound.commit(results)
         return {
             output.model: Result(loss)
@@ -122,10 +127,48 @@ class MergedLanes:
                 outcomes[model] = error
         return outcomes
 
-    def hand_out_gradients(self) -> None:
+    # --- for whoever captures steps ---------------------------------------------------------------
+
+    def wants_capture(self, models: Sequence[ModelId]) -> bool:
+        """Whether steps of these models are to be captured; they have been run before."""
+        return self._chosen.captured and self._packed_for == tuple(models)
+
+    @property
+    def packing(self) -> object:
+        """Another one each time that state is packed anew."""
+        return self._packed
+
+    def settled(self, split: str, size: int, models: Sequence[ModelId]) -> list[Bound] | None:
+        """The programs of a step, once each has been run and has the form that it will keep."""
+        keys = [(f"{split}/{size}", ids, True) for ids in self._chosen.programs]
+        bounds = [self._programs.get(key) for key in keys]
+        found = [bound for bound in bounds if bound is not None and bound.settled]
+        return found if len(found) == len(keys) else None
+
+    def whole_step(self, bounds: Sequence[Bound], leaves: Leaves) -> dict[ModelId, Tensor]:
+        """Losses of programs whose gradients and buffers are written; raises what they raise."""
+        drawn = [bound.draw() for bound in bounds]
+        self._packed.zero_grad()
+        for bound in bounds:
+            for model in bound.models:
+                self.members[model].updater.zero_grad()
+        found: dict[ModelId, Tensor] = {}
+        for bound, numbers in zip(bounds, drawn):
+            results = self._train(bound, leaves, numbers, undo=False)
+            found |= {model: result.loss for model, result in results.items()}
+        return found
+
+    def with_gradient(self, models: Sequence[ModelId]) -> list[Tensor]:
+        """Packed leaves, and parameters in no pack, that have a gradient now."""
+        own = [p for model in models for p in self.members[model].updater.parameters]
+        own = [parameter for parameter in own if id(parameter) not in self._packed.held]
+        leaves = [leaf for leaf, _ in self._packed.learning]
+        return [tensor for tensor in (*leaves, *own) if tensor.grad is not None]
+
+    def hand_out_gradients(self, *, anew: bool = False) -> None:
         """Make each parameter's gradient of this step readable as its `.grad`."""
-        if self._updates is not None:
-            self._packed.hand_out_gradients()
+        if self.updates is not None:
+            self._packed.hand_out_gradients(anew=anew)
 
     def update(self, models: Sequence[ModelId]) -> dict[ModelId, Exception]:
         """The optimizer step of the given models; returns what failed.
@@ -133,19 +176,21 @@ class MergedLanes:
         A model that has diverged and is to end for it stays as it is.
         """
         without = frozenset(model for model in models if self.members[model].diverged)
-        if self._updates is not None and set(models) == set(self._packed_for):
-            self._updates.step(without)
-            rest = [model for model in models if not self._updates.covers(model)]
+        if self.updates is not None and set(models) == set(self._packed_for):
+            self.updates.step(without)
+            rest = [model for model in models if not self.updates.covers(model)]
         else:
             self.hand_out_gradients()
             self._drop_updates()
             rest = list(models)
         if rest:
             self.hand_out_gradients()
+        return self.step_alone([model for model in rest if model not in without])
+
+    def step_alone(self, models: Sequence[ModelId]) -> dict[ModelId, Exception]:
+        """Let the models' own optimizers take the step; returns what failed."""
         failures: dict[ModelId, Exception] = {}
-        for model in rest:
-            if model in without:
-                continue
+        for model in models:
             try:
                 self.members[model].updater.step()
             except Exception as error:
@@ -177,21 +222,17 @@ class MergedLanes:
             for model in models:
                 outcomes |= self._evaluate([model], leaves, size, packed=False)
             return outcomes
-        found: dict[ModelId, dict[str, Tensor]] = {model: {} for model in models}
-        for result, value in zip(bound.lowered.results, results):
-            for output, lane in _lanes_of(result, value):
-                found[output.model][output.role] = lane
-        return {m: Result(roles["loss"], roles.get("prediction")) for m, roles in found.items()}
+        return bound.outcomes(results)
 
     def sync(self) -> None:
         """Bring each model's own optimizer up to date, for a checkpoint."""
-        if self._updates is not None:
-            self._updates.sync()
+        if self.updates is not None:
+            self.updates.sync()
 
     def _drop_updates(self) -> None:
         """Go back to the models' own optimizers."""
         self.sync()
-        self._updates = None
+        self.updates = None
 
     def _pack(self, models: Sequence[ModelId]) -> None:
         """Arrange the state of the models that run now; a model that left keeps its own."""
@@ -205,7 +246,7 @@ class MergedLanes:
         for member in self.members.values():
             release(member, self._packed.held)
 
-    def _bound(self, program: str, models: Sequence[ModelId], *, packed: bool = True) -> _Bound:
+    def _bound(self, program: str, models: Sequence[ModelId], *, packed: bool = True) -> Bound:
         key = program, tuple(models), packed
         bound = self._programs.get(key)
         if bound is None:
@@ -213,11 +254,11 @@ class MergedLanes:
             part = restrict(graph, models=set(models))
             state = self._packed if packed else PackedState((), self.members)
             ways = self._chosen.ways if packed else {}
-            lowered = lower(part, program, self._device, state.packs, ways=ways)
+            lowered = lower(part, program, self.device, state.packs, ways=ways)
             chosen = self._chosen if packed else Choice(graph, ())
             where = f"{program}/{','.join(models)}"
-            bound = _Bound(
-                lowered, self.members, self._constants, state, self._learning, chosen, where
+            bound = Bound(
+                lowered, self.members, self._constants, state, self._learning, chosen, where, models
             )
             self._programs[key] = bound
         return bound
@@ -231,7 +272,7 @@ class MergedLanes:
 Drawn = Mapping[tuple[str, ...], Tensor]
 
 
-class _Bound:
+class Bound:
     """A lowered program with the tensors that its sources stand for."""
 
     def __init__(
@@ -243,6 +284,7 @@ class _Bound:
         learning: frozenset[Place],
         chosen: Choice,
         name: str,
+        models: Sequence[ModelId],
     ) -> None:
         self.lowered = lowered
         self._members, self._packed = members, packed
@@ -280,8 +322,9 @@ class _Bound:
             if value is not None and value.requires_grad
         ]
         self._with_gradient: list[int] = []  # of these, once a step has been run
+        self.models, self._trains = models, name.startswith("train/")
         make = partial(Taped, buffers=self._buffers, wanted=chosen.taped)
-        compiled = None if chosen.compiler is None else partial(chosen.compiler, name)
+        compiled = None if chosen.improve is None else partial(chosen.improve, name)
         self._step = make(self._forward_backward, compiled=compiled)
         self._forward = make(lambda *values: self.lowered(values))
 
@@ -300,12 +343,12 @@ class _Bound:
         return [item[1:] for item in found]
 
     def _plan_updates(self) -> None:
-        self._updates: list[tuple[int, Tensor]] = []
+        self.updates: list[tuple[int, Tensor]] = []
         for position, result in enumerate(self.lowered.results):
             if result.outputs[0].role == "update":
-                self._updates.append((position, self._buffer(result.outputs[0], result.packed)))
+                self.updates.append((position, self._buffer(result.outputs[0], result.packed)))
         written = [self._buffer(output, True) for output in self.lowered.written]
-        targets = {id(target): target for target in [t for _, t in self._updates] + written}
+        targets = {id(target): target for target in [t for _, t in self.updates] + written}
         self._buffers = list(targets.values())
         self._before = [torch.empty_like(buffer) for buffer in self._buffers]
 
@@ -327,12 +370,35 @@ class _Bound:
             fill(drawn[names] if lane is None else drawn[names][lane], generator)
         return drawn
 
-    def train(self, leaves: Leaves, drawn: Drawn) -> list[Tensor]:
+    @property
+    def settled(self) -> bool:
+        """Whether it was run, and has the form that it will keep."""
+        return (self._step if self._trains else self._forward).settled
+
+    @property
+    def count(self) -> int:
+        """How many results it gives."""
+        return len(self.lowered.results)
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """What it draws from, each once."""
+        return list({id(generator): generator for *_, generator in self._draws}.values())
+
+    def outcomes(self, results: Sequence[Tensor]) -> dict[ModelId, Outcome]:
+        """What each model computed in evaluation, from the program's results."""
+        found: dict[ModelId, dict[str, Tensor]] = {model: {} for model in self.models}
+        for result, value in zip(self.lowered.results, results):
+            for output, lane in _lanes_of(result, value):
+                found[output.model][output.role] = lane
+        return {m: Result(roles["loss"], roles.get("prediction")) for m, roles in found.items()}
+
+    def train(self, leaves: Leaves, drawn: Drawn, *, undo: bool = True) -> list[Tensor]:
         """One forward and backward: results, and gradients added to those of the sources.
 
-        Buffers may already be written when it raises.
+        Buffers may already be written when it raises; with `undo`, `restore` takes that back.
         """
-        values = self._handed(leaves, drawn)
+        values = self._handed(leaves, drawn, undo)
         replayed = self._step.replaying
         results = list(self._step(values))
         if replayed:
@@ -360,13 +426,13 @@ class _Bound:
             values[position].grad = gradient if now is None else gradient + now
         return [*(result.detach() for result in results), *gradients]  # type: ignore[list-item]
 
-    def evaluate(self, leaves: Leaves, drawn: Drawn) -> list[Tensor]:
+    def evaluate(self, leaves: Leaves, drawn: Drawn, *, undo: bool = True) -> list[Tensor]:
         """One forward without gradients; buffers may already be written when it raises."""
         with torch.no_grad():
-            return list(self._forward(self._handed(leaves, drawn)))
+            return list(self._forward(self._handed(leaves, drawn, undo)))
 
-    def _handed(self, leaves: Leaves, drawn: Drawn) -> list[Tensor]:
-        """The tensors of all sources for one batch; buffers are kept for `restore`."""
+    def _handed(self, leaves: Leaves, drawn: Drawn, undo: bool) -> list[Tensor]:
+        """The tensors of all sources for one batch; with `undo`, buffers are kept."""
         values = self._values.copy()
         for position, name, dtype, shape in self._inputs:
             leaf = leaves.get(name)
@@ -377,17 +443,17 @@ class _Bound:
             values[position] = drawn[tuple(node.name for node in source.nodes)]
         for position, parameter in self._idle:
             values[position] = parameter.detach()
-        if self._buffers:
+        if self._buffers and undo:
             torch._foreach_copy_(self._before, self._buffers)
         return values  # type: ignore[return-value]
 
     def commit(self, results: Sequence[Tensor]) -> None:
         """Write the buffers' new values."""
-        if not self._updates:
+        if not self.updates:
             return
         with torch.no_grad():
-            targets = [target for _, target in self._updates]
-            torch._foreach_copy_(targets, [results[position] for position, _ in self._updates])
+            targets = [target for _, target in self.updates]
+            torch._foreach_copy_(targets, [results[position] for position, _ in self.updates])
 
     def restore(self) -> None:
         """Undo what a failed run wrote into buffers."""

@@ -27,7 +27,7 @@ class Member:
         self, entry: ModelEntry, data: GraphData, device: torch.device, folder: Path, report: Report
     ) -> None:
         self.entry = entry
-        self.folder = folder
+        self.folder, self.device = folder, device
         self.history: list[dict[str, float]] = []
         self.ended: dict[str, Any] | None = None
         self._report = report

@@ -29,6 +29,11 @@ class LossMeter:
         if len(self._losses) >= _FOLD:
             self._fold()
 
+    def add_sum(self, total: Tensor, samples: int) -> None:
+        """Count several batches at once: their losses times samples, float64."""
+        self._sum = total if self._sum is None else self._sum + total
+        self._count += samples
+
     def mean(self) -> float:
         """The mean; synchronises with the device."""
         self._fold()

@@ -144,9 +144,9 @@ class PackedState:
             leaf.grad = None
         self._handed_out = False
 
-    def hand_out_gradients(self) -> None:
-        """Give each model's parameter its lane of the gradient, as a view."""
-        if self._handed_out:
+    def hand_out_gradients(self, *, anew: bool = False) -> None:
+        """Give each model's parameter its lane of the gradient, as a view; once a step."""
+        if self._handed_out and not anew:
             return
         self._handed_out = True
         for leaf, own in self.learning:

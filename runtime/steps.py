@@ -6,7 +6,7 @@ pass over memory once, and its single-tensor functions over flat tensors elsewhe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from cgo.runtime.updates import Flat
 
 Number = float | Tensor  # one for all models, or a vector with an element a parameter element
+Groups = Sequence[Mapping[str, Any]]  # each model's parameter group
+Numbers = dict[str, list[float]]  # by name, one for each model
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,9 @@ class Kind:
     """What decides which operators a step needs; models of one kind take it together."""
 
     rule: Callable[[Flat], None]
+    numbers: Callable[[Groups, Sequence[int], tuple[bool, ...]], Numbers]  # that the rule reads
     fused: Callable[[Part], None] | None  # the step as one kernel; None where torch has none
+    everywhere: bool  # that kernel takes tensors for rates and counts, on every device
     moments: tuple[str, ...]  # names in the optimizer's state, shaped as the parameter
     steps: bool  # whether the optimizer counts steps
     flags: tuple[bool, ...]
@@ -46,11 +50,18 @@ class Part:
     group: Mapping[str, Any]  # the hyper-parameters
     flags: tuple[bool, ...]  # the kind's
     count: Tensor  # steps, this one included
+    rate: Tensor | None = None  # the learning rate on the device; None: the group's
+    skip: Tensor | None = None  # 1.0 where all is to stay as it is
 
     @property
     def counts(self) -> list[Tensor]:
         """The number of steps, for each parameter."""
         return [self.count] * len(self.values)
+
+    @property
+    def lr(self) -> Number:
+        """The learning rate."""
+        return float(self.group["lr"]) if self.rate is None else self.rate
 
 
 def kind_rule(updater: Updater) -> Callable[[Mapping[str, Any]], Kind | None] | None:
@@ -81,7 +92,9 @@ def kind_rule(updater: Updater) -> Callable[[Mapping[str, Any]], Kind | None] | 
 
 _Found = tuple[
     Callable[["Flat"], None],
+    Callable[[Groups, Sequence[int], tuple[bool, ...]], Numbers],
     Callable[[Part], None] | None,
+    bool,
     tuple[str, ...],
     bool,
     tuple[bool, ...],
@@ -92,14 +105,15 @@ def _sgd_kind(group: Mapping[str, Any]) -> _Found | None:
     if group["dampening"]:
         return None
     flags = (bool(group["weight_decay"]), bool(group["momentum"]), bool(group["nesterov"]))
-    return _sgd, _fused_sgd, ("momentum_buffer",) if flags[1] else (), False, flags
+    moments = ("momentum_buffer",) if flags[1] else ()
+    return _sgd, _sgd_numbers, _fused_sgd, True, moments, False, flags
 
 
 def _adam_kind(group: Mapping[str, Any]) -> _Found | None:
     decoupled = bool(group.get("decoupled_weight_decay"))
     flags = (bool(group["weight_decay"]), decoupled, bool(group["amsgrad"]))
     moments = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if flags[2] else ()))
-    return _adam, _fused_adam, moments, True, flags
+    return _adam, _adam_numbers, _fused_adam, True, moments, True, flags
 
 
 def _adamw_kind(group: Mapping[str, Any]) -> _Found | None:
@@ -109,11 +123,12 @@ def _adamw_kind(group: Mapping[str, Any]) -> _Found | None:
 def _rmsprop_kind(group: Mapping[str, Any]) -> _Found | None:
     flags = (bool(group["weight_decay"]), bool(group["centered"]), bool(group["momentum"]))
     moments = ["square_avg"] + ["grad_avg"] * flags[1] + ["momentum_buffer"] * flags[2]
-    return _rmsprop, None, tuple(moments), True, flags
+    return _rmsprop, _rmsprop_numbers, None, False, tuple(moments), True, flags
 
 
 def _adagrad_kind(group: Mapping[str, Any]) -> _Found | None:
-    return _adagrad, _fused_adagrad, ("sum",), True, (bool(group["weight_decay"]),)
+    flags = (bool(group["weight_decay"]),)
+    return _adagrad, _adagrad_numbers, _fused_adagrad, False, ("sum",), True, flags
 
 
 _RULES: dict[type, Callable[[Mapping[str, Any]], _Found | None]] = {
@@ -132,11 +147,12 @@ def _fused_sgd(part: Part) -> None:
         part.moments[0] if part.moments else [],  # of zeros, which is where a first step starts
         weight_decay=float(part.group["weight_decay"]),
         momentum=float(part.group["momentum"]),
-        lr=float(part.group["lr"]),
+        lr=part.lr,  # type: ignore[arg-type]
         dampening=0.0,
         nesterov=part.flags[2],
         maximize=False,
         is_first_step=False,
+        found_inf=part.skip,
     )
 
 
@@ -150,13 +166,14 @@ def _fused_adam(part: Part) -> None:
         part.moments[1],
         part.moments[2] if amsgrad else [],
         part.counts,
-        lr=float(part.group["lr"]),
+        lr=part.lr,  # type: ignore[arg-type]
         beta1=float(part.group["betas"][0]),
         beta2=float(part.group["betas"][1]),
         weight_decay=float(part.group["weight_decay"]),
         eps=float(part.group["eps"]),
         amsgrad=amsgrad,
         maximize=False,
+        found_inf=part.skip,
     )
 
 
@@ -174,71 +191,114 @@ def _fused_adagrad(part: Part) -> None:
     )
 
 
+def _each(groups: Groups, name: str) -> list[float]:
+    return [float(group[name]) for group in groups]
+
+
+def _minus(values: Sequence[float]) -> list[float]:
+    return [-value for value in values]
+
+
+def _rest(values: Sequence[float]) -> list[float]:
+    return [1 - value for value in values]
+
+
+def _sgd_numbers(groups: Groups, steps: Sequence[int], flags: tuple[bool, ...]) -> Numbers:
+    found = {"-lr": _minus(_each(groups, "lr"))}
+    if flags[0]:
+        found["weight_decay"] = _each(groups, "weight_decay")
+    if flags[1]:
+        found["momentum"] = _each(groups, "momentum")
+    return found
+
+
 def _sgd(flat: Flat) -> None:
     decays, moves, nesterov = flat.kind.flags
     update = flat.gradient
     if decays:
-        _add(update, flat.values, flat.hyper("weight_decay"))
+        _add(update, flat.values, flat.numbers["weight_decay"])
     if moves:
-        momentum = flat.hyper("momentum")
+        momentum = flat.numbers["momentum"]
         buffer = flat.moments["momentum_buffer"].mul_(momentum).add_(update)
         update = _add(update, buffer, momentum) if nesterov else buffer
-    _add(flat.values, update, flat.number("-lr", [-float(group["lr"]) for group in flat.groups]))
+    _add(flat.values, update, flat.numbers["-lr"])
+
+
+def _adam_numbers(groups: Groups, steps: Sequence[int], flags: tuple[bool, ...]) -> Numbers:
+    rates = _each(groups, "lr")
+    first, second = ([float(group["betas"][i]) for group in groups] for i in range(2))
+    found = {
+        "1-beta1": _rest(first),
+        "beta2": second,
+        "1-beta2": _rest(second),
+        "eps": _each(groups, "eps"),
+        "root": [(1 - beta**count) ** 0.5 for beta, count in zip(second, steps)],
+        "size": [-r / (1 - beta**count) for r, beta, count in zip(rates, first, steps)],
+    }
+    if flags[0]:
+        decay = _each(groups, "weight_decay")
+        found["decay"] = [1 - r * d for r, d in zip(rates, decay)] if flags[1] else decay
+    return found
 
 
 def _adam(flat: Flat) -> None:
     decays, decoupled, amsgrad = flat.kind.flags
-    rates = [float(group["lr"]) for group in flat.groups]
+    numbers = flat.numbers
     if decays and decoupled:
-        decay = [float(group["weight_decay"]) for group in flat.groups]
-        flat.values.mul_(flat.number("1-lr*wd", [1 - r * d for r, d in zip(rates, decay)]))
+        flat.values.mul_(numbers["decay"])
     elif decays:
-        _add(flat.gradient, flat.values, flat.hyper("weight_decay"))
-    first, second = flat.beta(0), flat.beta(1)
+        _add(flat.gradient, flat.values, numbers["decay"])
     mean = flat.moments["exp_avg"]
-    mean.lerp_(flat.gradient, flat.number("1-beta1", [1 - beta for beta in first]))  # type: ignore[arg-type]
-    square = flat.moments["exp_avg_sq"].mul_(flat.number("beta2", second))
-    rest = flat.number("1-beta2", [1 - beta for beta in second])
-    _add_product(square, flat.gradient, flat.gradient, rest)
+    mean.lerp_(flat.gradient, numbers["1-beta1"])  # type: ignore[arg-type]
+    square = flat.moments["exp_avg_sq"].mul_(numbers["beta2"])
+    _add_product(square, flat.gradient, flat.gradient, numbers["1-beta2"])
     if amsgrad:
         square = torch.maximum(
             flat.moments["max_exp_avg_sq"], square, out=flat.moments["max_exp_avg_sq"]
         )
-    root = [(1 - beta**count) ** 0.5 for beta, count in zip(second, flat.steps)]
-    size = [-r / (1 - beta**count) for r, beta, count in zip(rates, first, flat.steps)]
-    under = square.sqrt().div_(flat.number("root", root)).add_(flat.hyper("eps"))
-    _add_quotient(flat.values, mean, under, flat.number("size", size))
+    under = square.sqrt().div_(numbers["root"]).add_(numbers["eps"])
+    _add_quotient(flat.values, mean, under, numbers["size"])
+
+
+def _rmsprop_numbers(groups: Groups, steps: Sequence[int], flags: tuple[bool, ...]) -> Numbers:
+    names = ["eps", "alpha"] + ["weight_decay"] * flags[0] + ["momentum"] * flags[2]
+    found = {name: _each(groups, name) for name in names}
+    return found | {"1-alpha": _rest(found["alpha"]), "-lr": _minus(_each(groups, "lr"))}
 
 
 def _rmsprop(flat: Flat) -> None:
     decays, centered, moves = flat.kind.flags
+    numbers = flat.numbers
     if decays:
-        _add(flat.gradient, flat.values, flat.hyper("weight_decay"))
-    rest = flat.number("1-alpha", [1 - float(group["alpha"]) for group in flat.groups])
-    square = flat.moments["square_avg"].mul_(flat.hyper("alpha"))
-    _add_product(square, flat.gradient, flat.gradient, rest)
+        _add(flat.gradient, flat.values, numbers["weight_decay"])
+    square = flat.moments["square_avg"].mul_(numbers["alpha"])
+    _add_product(square, flat.gradient, flat.gradient, numbers["1-alpha"])
     if centered:
-        average = flat.moments["grad_avg"].lerp_(flat.gradient, rest)  # type: ignore[arg-type]
+        average = flat.moments["grad_avg"].lerp_(flat.gradient, numbers["1-alpha"])  # type: ignore[arg-type]
         square = square.addcmul(average, average, value=-1)
-    under = square.sqrt().add_(flat.hyper("eps"))
-    rate = flat.number("-lr", [-float(group["lr"]) for group in flat.groups])
+    under = square.sqrt().add_(numbers["eps"])
     if moves:
-        buffer = flat.moments["momentum_buffer"].mul_(flat.hyper("momentum"))
-        _add(flat.values, buffer.addcdiv_(flat.gradient, under), rate)
+        buffer = flat.moments["momentum_buffer"].mul_(numbers["momentum"])
+        _add(flat.values, buffer.addcdiv_(flat.gradient, under), numbers["-lr"])
     else:
-        _add_quotient(flat.values, flat.gradient, under, rate)
+        _add_quotient(flat.values, flat.gradient, under, numbers["-lr"])
+
+
+def _adagrad_numbers(groups: Groups, steps: Sequence[int], flags: tuple[bool, ...]) -> Numbers:
+    rates, decays = _each(groups, "lr"), _each(groups, "lr_decay")
+    found = {
+        "eps": _each(groups, "eps"),
+        "rate": [-r / (1 + (count - 1) * d) for r, d, count in zip(rates, decays, steps)],
+    }
+    return found | ({"weight_decay": _each(groups, "weight_decay")} if flags[0] else {})
 
 
 def _adagrad(flat: Flat) -> None:
     if flat.kind.flags[0]:
-        _add(flat.gradient, flat.values, flat.hyper("weight_decay"))
-    rates = [
-        -float(group["lr"]) / (1 + (count - 1) * float(group["lr_decay"]))
-        for group, count in zip(flat.groups, flat.steps)
-    ]
+        _add(flat.gradient, flat.values, flat.numbers["weight_decay"])
     total = flat.moments["sum"].addcmul_(flat.gradient, flat.gradient)
-    under = total.sqrt().add_(flat.hyper("eps"))
-    _add_quotient(flat.values, flat.gradient, under, flat.number("rate", rates))
+    under = total.sqrt().add_(flat.numbers["eps"])
+    _add_quotient(flat.values, flat.gradient, under, flat.numbers["rate"])
 
 
 def _add(x: Tensor, y: Tensor, factor: Number) -> Tensor:

@@ -67,6 +67,7 @@ class Tape:
     constants: Mapping[Value, Tensor]
     calls: tuple[Call, ...]
     results: tuple[Value, ...]
+    sizes: Mapping[Value, int]  # bytes of each value
 
 
 def record(
@@ -92,6 +93,85 @@ def record(
     return results, recorder.tape(results)
 
 
+def record_body(
+    body: Callable[[], Sequence[Tensor]],
+) -> tuple[Sequence[Tensor], Callable[[], None]]:
+    """Write down what a body calls, and undo what it wrote; gives its results and its replay.
+
+    Args:
+        body: Reads and writes tensors that are the same at every replay, and gives tensors.
+
+    Returns:
+        The results, and a function that calls it all again: values go into the same tensors.
+
+    Raises:
+        TapeError: as `record`.
+    """
+    recorder = _Undoing()
+    try:
+        with recorder:
+            results = list(body())
+        tape = recorder.tape(results)
+    finally:
+        recorder.undo()
+    run = interpreted(tape)
+
+    def replay() -> None:
+        with torch.no_grad():
+            for result, value in zip(results, run()):
+                if value is not result:
+                    result.detach().copy_(value)
+
+    return results, replay
+
+
+def interpreted(tape: Tape) -> Replay:
+    """The tape as a function of its inputs that calls what it says, from Python."""
+    last = _last_uses(tape)
+
+    def run(*inputs: Tensor) -> Sequence[Tensor]:
+        values = dict(zip(tape.inputs, inputs)) | dict(tape.constants)
+        with torch.no_grad():
+            for call, gone in zip(tape.calls, last):
+                invoke(call, values)
+                for value in gone:
+                    del values[value]
+        return [values[result] for result in tape.results]
+
+    return run
+
+
+def _last_uses(tape: Tape) -> list[list[Value]]:
+    """After each call, what nobody reads any more."""
+    kept = {*tape.results, *tape.inputs, *tape.constants}
+    found: list[list[Value]] = []
+    for call in reversed(tape.calls):
+        touched = dict.fromkeys([*call.reads(), *(v for v in call.outputs if v is not None)])
+        found.append([value for value in touched if value not in kept])
+        kept.update(touched)
+    return found[::-1]
+
+
+def invoke(call: Call, values: dict[Value, Tensor]) -> None:
+    """Call an operator on the values that are there; its outputs are added."""
+    keywords = {argument.name for argument in call.op._schema.arguments if argument.kwarg_only}
+    given = {name: _filled(argument, values) for name, argument in call.arguments.items()}
+    args = [value for name, value in given.items() if name not in keywords]
+    result = call.op(*args, **{k: value for k, value in given.items() if k in keywords})
+    several = result if isinstance(result, (list, tuple)) else [result]
+    for output, value in zip(call.outputs, several):
+        if output is not None:
+            values[output] = value
+
+
+def _filled(argument: Any, values: Mapping[Value, Tensor]) -> Any:
+    if isinstance(argument, Value):
+        return values[argument]
+    if isinstance(argument, tuple):
+        return [_filled(item, values) for item in argument]
+    return argument
+
+
 class _Recorder(TorchDispatchMode):
     """Sees every call below autograd; compound operators are in parts by then."""
 
@@ -101,9 +181,15 @@ class _Recorder(TorchDispatchMode):
         self._calls: list[Call] = []
         self._constants: dict[Value, Tensor] = {}
         self._inputs = tuple(Value(f"i{index}") for index in range(len(inputs)))
+        self._sizes: dict[Value, int] = {}
         self._count = 0
         for value, tensor in zip(self._inputs, inputs):
-            self._known[tensor] = value
+            self._name(tensor, value)
+
+    def _name(self, tensor: Tensor, value: Value) -> Value:
+        self._known[tensor] = value
+        self._sizes[value] = tensor.numel() * tensor.element_size()
+        return value
 
     def __torch_dispatch__(
         self,
@@ -135,7 +221,7 @@ class _Recorder(TorchDispatchMode):
     def _value(self, tensor: Tensor) -> Value:
         known = self._known.get(tensor)
         if known is None:
-            known = self._known[tensor] = Value(f"c{len(self._constants)}")
+            known = self._name(tensor, Value(f"c{len(self._constants)}"))
             self._constants[known] = tensor.detach()
         return known
 
@@ -144,7 +230,7 @@ class _Recorder(TorchDispatchMode):
             return None
         known = self._known.get(given)  # what is written in place is the tensor that it was
         if known is None:
-            known = self._known[given] = Value(f"v{self._count}")
+            known = self._name(given, Value(f"v{self._count}"))
             self._count += 1
         return known
 
@@ -152,7 +238,27 @@ class _Recorder(TorchDispatchMode):
         if any(result not in self._known for result in results):
             raise TapeError("a result comes from no recorded call")
         found = tuple(self._known[result] for result in results)
-        return _simplified(Tape(self._inputs, self._constants, tuple(self._calls), found))
+        calls = tuple(self._calls)
+        return _simplified(Tape(self._inputs, self._constants, calls, found, self._sizes))
+
+
+class _Undoing(_Recorder):
+    """Keeps what each foreign tensor held when it was first seen."""
+
+    def __init__(self) -> None:
+        super().__init__(())
+        self._before: list[tuple[Tensor, Tensor]] = []
+
+    def _value(self, tensor: Tensor) -> Value:
+        if tensor not in self._known:
+            self._before.append((tensor.detach(), tensor.detach().clone()))
+        return super()._value(tensor)
+
+    def undo(self) -> None:
+        """Backwards: of two views of one memory, the earlier saw it before anybody wrote there."""
+        with torch.no_grad():
+            for tensor, before in reversed(self._before):
+                tensor.copy_(before)
 
 
 def _refuse(func: OpOverload, args: Any, kwargs: Any) -> None:
@@ -195,6 +301,11 @@ class Taped:
         self._tape: Tape | None = None  # recorded, not yet checked
         self._replay: Replay | None = None  # trusted
         self.reason = "" if wanted else "too few steps are planned"
+
+    @property
+    def settled(self) -> bool:
+        """Whether the step was run, and will not change its form any more."""
+        return self._replay is not None or bool(self.reason and self._runs)
 
     @property
     def replaying(self) -> bool:
@@ -247,7 +358,7 @@ class Taped:
             found = [*replay(*inputs), *self._buffers]
         except RuntimeError as error:
             raise TapeError(f"the replay failed: {error}") from error
-        if not _same_bits(expected, found):
+        if not _agree(expected, found):
             raise TapeError("the replay does not give the same bits")
         if self._compiled is None:
             return replay
@@ -268,12 +379,21 @@ def _restore(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         torch._foreach_copy_(list(tensors), list(values))
 
 
-def _same_bits(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
-    """Whether tensors are equal, NaN to NaN."""
-    return len(left) == len(right) and all(
-        a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
-        for a, b in zip(left, right)
-    )
+#: Relative differences that two runs of one kernel may have on a GPU, where sums have no order.
+_CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3}
+
+
+def _agree(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
+    """Whether tensors are equal, NaN to NaN; to the bit on a CPU."""
+    return len(left) == len(right) and all(map(_equal, left, right))
+
+
+def _equal(left: Tensor, right: Tensor) -> bool:
+    if left.shape != right.shape:
+        return False
+    close = 0.0 if left.device.type == "cpu" else _CLOSE.get(left.dtype, 0.05)
+    scale = float(left.abs().nan_to_num().max()) if close and left.numel() else 0.0
+    return torch.allclose(left, right, rtol=close, atol=close * scale, equal_nan=True)
 
 
 # --- rewrites -------------------------------------------------------------------------------------

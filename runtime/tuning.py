@@ -17,8 +17,9 @@ import torch
 from cgo.errors import CgoError, TrialError
 from cgo.graph import Graph, ModelId, Node, Ref, bytes_of, inputs_of, is_training
 from cgo.passes.assign_layouts import Assignment, Option, assign_layouts
+from cgo.runtime.accelerator import accelerator_for
 from cgo.runtime.builder import VMAP
-from cgo.runtime.choice import LOOP, LOOPED, Choice, Rules, Way, rules_for
+from cgo.runtime.choice import LOOP, LOOPED, Choice, Improve, Rules, Way, rules_for
 from cgo.runtime.compiled import Compiler
 from cgo.runtime.costs import (
     WIDTHS,
@@ -32,6 +33,8 @@ from cgo.runtime.costs import (
 )
 from cgo.runtime.emitter import Types, operator_of, runs
 from cgo.runtime.forms import forms_of
+from cgo.runtime.streams import Overlap
+from cgo.runtime.tape import Replay, Tape
 from cgo.tuning import CHANNELS, LANES, STACKED, Tuning
 
 log = logging.getLogger(__name__)
@@ -112,19 +115,31 @@ class Tuner:
             measured=self.budget.measured,
             seconds=self.budget.spent,
         )
+        captured = self._captured()
         compiler = Compiler(
-            self.tuning.compile,
+            None if self.tuning.compile is None else bool(self.tuning.compile),
             self.steps,
             {} if self.record is None else self.record.compiled,
             (lambda name, done: None) if self.record is None else self.record.settle,
             self.tell,
+            accelerator_for(self.device) if captured else None,
         )
-        return replace(_applied(ruled, options), taped=self._taped(), compiler=compiler)
+        improve: Improve = compiler
+        if captured:
+            overlap = Overlap(accelerator_for(self.device), self.tell)
+            improve = _first_of(compiler, overlap)
+        taped = self._taped(captured)
+        return replace(_applied(ruled, options), taped=taped, improve=improve, captured=captured)
 
-    def _taped(self) -> bool:
+    def _captured(self) -> bool:
+        if self.tuning.capture is not None:
+            return self.tuning.capture
+        return self.device.type == "cuda" and self.steps >= _TAPED_STEPS
+
+    def _taped(self, captured: bool) -> bool:
         if self.tuning.tape is not None:
             return self.tuning.tape
-        return self.steps >= _TAPED_STEPS
+        return captured or self.steps >= _TAPED_STEPS
 
     def _decide(self, graph: Graph) -> Mapping[str, Option]:
         if not self.budget.seconds:
@@ -201,6 +216,20 @@ class Tuner:
             return Option(LOOPED, LANES, 1, 0.0)
         form, layout = _ways(nodes[0])[1]
         return Option(form, layout, len(nodes), 0.0)
+
+
+def _first_of(*ways: Improve) -> Improve:
+    """What the first of several ways to improve a step makes of it."""
+
+    def improve(
+        name: str, tape: Tape, replay: Replay, inputs: Sequence[torch.Tensor]
+    ) -> Replay | None:
+        for way in ways:
+            if (found := way(name, tape, replay, inputs)) is not None:
+                return found
+        return None
+
+    return improve
 
 
 class Record:

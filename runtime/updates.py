@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cgo.graph import ModelId
+from cgo.runtime.accelerator import Accelerator
 from cgo.runtime.optimizers import Updater
 from cgo.runtime.packing import rehome
 from cgo.runtime.steps import Kind, Number, Part, kind_rule
@@ -31,14 +32,23 @@ Leaf = tuple[Tensor, list[Tensor]]  # a packed leaf, and its lanes as the models
 class Updates:
     """The step of all models whose optimizers can be taken together."""
 
-    def __init__(self, updaters: Mapping[ModelId, Updater], learning: Sequence[Leaf]) -> None:
+    def __init__(
+        self,
+        updaters: Mapping[ModelId, Updater],
+        learning: Sequence[Leaf],
+        accelerator: Accelerator | None = None,
+    ) -> None:
         """Arrange parameters that have a gradient now; those of other models stay where they are.
 
         Args:
             updaters: Of the models that run.
             learning: The packed leaves that learn.
+            accelerator: Where rates and counts of steps lie as tensors, so that `apply` can be
+                captured; None: they are Python's.
         """
+        self._version = 0  # of the arrangement
         self._updaters = dict(updaters)
+        self._accelerator = accelerator
         self._learning = list(learning)
         self._rules = {model: kind_rule(updater) for model, updater in self._updaters.items()}
         self._hyper = self._hyper_parameters()
@@ -55,6 +65,12 @@ class Updates:
         Args:
             without: Models that stay as they are.
         """
+        self.prepare(without)
+        self.apply()
+        self.finish()
+
+    def prepare(self, without: frozenset[ModelId] = frozenset()) -> None:
+        """Read the models' hyper-parameters, and arrange anew what they or gradients ask for."""
         kinds, hyper = self._plan, self._hyper_parameters()
         if hyper != self._hyper:
             self._hyper, kinds = hyper, self._kinds()
@@ -62,9 +78,38 @@ class Updates:
             self.sync()  # a scheduler changed what has to be computed, or a program what learns
             self._plan = kinds
             self._flats = self._arrange()
+            self._version += 1
+        for flat in self._flats:
+            flat.prepare(without)
+
+    def prepare_again(self) -> bool:
+        """As `prepare`, before a captured `apply` is replayed; False if it must be eager again."""
+        if (hyper := self._hyper_parameters()) != self._hyper:
+            if self._kinds() != self._plan:
+                return False
+            self._hyper = hyper
+        for flat in self._flats:
+            flat.prepare(frozenset())
+        return True
+
+    def unprepare(self) -> None:
+        """Take `prepare_again` back, where no step follows it."""
+        for flat in self._flats:
+            flat.steps = [count - 1 for count in flat.steps]
+
+    @property
+    def signature(self) -> list[Any]:
+        """What a captured `apply` holds for: the arrangement, and numbers that are Python's."""
+        return [self._version, *(flat.baked for flat in self._flats)]
+
+    def apply(self) -> None:
+        """Clip and update, by what was prepared: work of the device alone."""
         with torch.no_grad():
             for flat in self._flats:
-                flat.step(without)
+                flat.apply()
+
+    def finish(self) -> None:
+        """Step the schedulers that go by steps."""
         for model, updater in self._updaters.items():
             if self.covers(model):
                 # What schedulers look at to warn of a missing optimizer step.
@@ -121,7 +166,9 @@ class Updates:
                     alone = Piece(parameter, None, [parameter], [model])
                     pieces.setdefault(kind, []).append(alone)
         self._arranged = self._having_gradients()
-        return [Flat(kind, found, self._updaters) for kind, found in pieces.items()]
+        return [
+            Flat(kind, found, self._updaters, self._accelerator) for kind, found in pieces.items()
+        ]
 
 
 @dataclass(frozen=True)
@@ -144,9 +191,14 @@ class Flat:
     """The parameters of one kind, end to end."""
 
     def __init__(
-        self, kind: Kind, pieces: Sequence[Piece], updaters: Mapping[ModelId, Updater]
+        self,
+        kind: Kind,
+        pieces: Sequence[Piece],
+        updaters: Mapping[ModelId, Updater],
+        accelerator: Accelerator | None = None,
     ) -> None:
         self.kind, self.pieces = kind, list(pieces)
+        self._accelerator = accelerator
         self.models = list(dict.fromkeys(model for piece in pieces for model in piece.models))
         self.updaters = [updaters[model] for model in self.models]
         parameters = [parameter for piece in pieces for parameter in piece.own]
@@ -165,8 +217,16 @@ class Flat:
         self._order = torch.tensor(self._positions, device=self.values.device)
         self.groups: list[dict[str, Any]] = []
         self._elements: Tensor | None = None  # of each element, its model's position
-        self._vectors: dict[str, tuple[tuple[float, ...], Number]] = {}
+        self.numbers: dict[str, Number] = {}  # that the rule reads
+        self._vectors: dict[str, tuple[tuple[float, ...], Tensor]] = {}
+        self._without: frozenset[ModelId] = frozenset()
         self._norms: Tensor | None = None
+        self._limits: tuple[Tensor, Tensor] | None = None
+        with torch.no_grad():
+            count = torch.tensor(self.steps, dtype=torch.float32, device=self.values.device)
+        self.counts = count  # of steps, on the device; of each model
+        self.rates = torch.zeros(len(self.models), device=self.values.device)
+        self._known_rates: list[float] | None = None
         self._copies = self._rehome()
         self._parts: dict[int | None, Part] = {}  # by the model's position; None: of all models
 
@@ -222,18 +282,62 @@ class Flat:
 
     # --- the step ---------------------------------------------------------------------------------
 
-    def step(self, without: frozenset[ModelId]) -> None:
-        """Clip and update all models but some."""
-        gradients = [piece.gradient() for piece in self.pieces]
+    def prepare(self, without: frozenset[ModelId]) -> None:
+        """Read hyper-parameters, and count a step."""
+        self._without = without
         self.groups = [updater.optimizer.param_groups[0] for updater in self.updaters]
-        gradients = self._clipped(gradients)
         self.steps = [count + 1 for count in self.steps]
-        if self.kind.fused is not None and self.values.device.type == "cpu":
-            self._fused_step(gradients, without)
+        if self._by_kernels:
+            rates = [float(group["lr"]) for group in self.groups]
+            if self._accelerator is not None and rates != self._known_rates:
+                self._known_rates = rates
+                self._accelerator.upload(rates, self.rates)
+            return
+        found = self.kind.numbers(self.groups, self.steps, self.kind.flags)
+        self.numbers = {name: self._number(name, values) for name, values in found.items()}
+
+    @property
+    def _by_kernels(self) -> bool:
+        """Whether the step is torch's fused kernels; else it is operators over flat tensors."""
+        if self._accelerator is not None:  # where kernels take rates as float32
+            return self.kind.everywhere and self.values.dtype is not torch.float64
+        return self.kind.fused is not None and self.values.device.type == "cpu"
+
+    @property
+    def baked(self) -> list[Any]:
+        """The hyper-parameters that a captured `apply` has as numbers of Python's."""
+        if not self._by_kernels:
+            return []
+        groups = [updater.optimizer.param_groups[0] for updater in self.updaters]
+        skipped = ("params", "lr", "initial_lr")
+        return [[v for key, v in group.items() if key not in skipped] for group in groups]
+
+    def apply(self) -> None:
+        """Clip and update all models but some."""
+        gradients = self._clipped([piece.gradient() for piece in self.pieces])
+        if self._by_kernels and self._accelerator is not None:
+            self._device_step(gradients)
+        elif self._by_kernels:
+            self._fused_step(gradients, self._without)
         else:
-            self._flat_step(gradients, without)
+            self._flat_step(gradients, self._without)
         if self._copies:
             torch._foreach_copy_([lane for lane, _ in self._copies], [p for _, p in self._copies])
+
+    def _device_step(self, gradients: Sequence[Tensor]) -> None:
+        """A kernel for each model, with its rate and its count of steps from the device."""
+        assert self.kind.fused is not None
+        self.counts.add_(1)
+        lanes = [lane for rows in gradients for lane in rows.unbind(0)]
+        for position, model in enumerate(self.models):
+            if model not in self._without:
+                part = self._parts.get(position)
+                if part is None:
+                    part = self._parts[position] = self._make_part(position)
+                    part.count, part.rate = self.counts[position], self.rates[position]
+                part.gradients = [lanes[index] for index in self._own[position]]
+                part.group = self.groups[position]
+                self.kind.fused(part)
 
     def _flat_step(self, gradients: Sequence[Tensor], without: frozenset[ModelId]) -> None:
         self.gradient = torch.cat([rows.flatten() for rows in gradients])
@@ -289,23 +393,24 @@ class Flat:
             self._elements = torch.repeat_interleave(self._order, lengths)
         return self._elements
 
-    def hyper(self, name: str) -> Number:
-        """A hyper-parameter as the models' optimizers have it now."""
-        return self.number(name, [float(group[name]) for group in self.groups])
+    def _number(self, name: str, values: Sequence[float]) -> Number:
+        """One number for all models where they agree, else a vector over the elements.
 
-    def number(self, name: str, values: Sequence[float]) -> Number:
-        """One number for all models where they agree, else a vector over the elements."""
-        if all(value == values[0] for value in values):
+        On an accelerator it is always a vector, and always the same tensor.
+        """
+        if self._accelerator is None and all(value == values[0] for value in values):
             return values[0]
         known = self._vectors.get(name)
-        if known is None or known[0] != tuple(values):
-            each = torch.tensor(values, dtype=self.values.dtype, device=self.values.device)
-            known = self._vectors[name] = (tuple(values), each[self.elements])
-        return known[1]
-
-    def beta(self, which: int) -> list[float]:
-        """The first or second beta of each model."""
-        return [float(group["betas"][which]) for group in self.groups]
+        if known is not None and known[0] == tuple(values):
+            return known[1]
+        each = torch.empty(len(values), dtype=self.values.dtype, device=self.values.device)
+        if self._accelerator is None:
+            vector = each.copy_(torch.tensor(values, dtype=each.dtype))[self.elements]
+        else:
+            self._accelerator.upload(values, each)
+            vector = each[self.elements] if known is None else known[1].copy_(each[self.elements])
+        self._vectors[name] = tuple(values), vector
+        return vector
 
     def _clipped(self, gradients: list[Tensor]) -> list[Tensor]:
         """As `clip_grad_norm_` for each model: the norm of its gradients' norms."""
@@ -313,14 +418,15 @@ class Flat:
         if all(limit is None for limit in limits):
             return gradients
         norms = [torch.linalg.vector_norm(rows, dim=1) for rows in gradients]
-        if self._norms is None:
+        if self._norms is None or self._limits is None:
             self._norms = _table(self._own, len(self._positions)).to(self.values.device)
+            given = {"dtype": norms[0].dtype, "device": norms[0].device}
+            most = torch.tensor([float("inf") if m is None else m for m in limits], **given)
+            self._limits = most, torch.isfinite(most)
+        most, clipped = self._limits
         padded = torch.cat([*norms, torch.zeros_like(norms[0][:1])])
         total = torch.linalg.vector_norm(padded[self._norms], dim=1)
-        given = {"dtype": total.dtype, "device": total.device}
-        most = torch.tensor([float("inf") if m is None else m for m in limits], **given)
         factor = torch.clamp(most / (total + 1e-6), max=1.0)
-        clipped = torch.tensor([limit is not None for limit in limits], device=total.device)
         factor = torch.where(clipped, factor, 1.0)[self._order]
         own = factor.split([len(rows) for rows in gradients])
         return [rows * factors.unsqueeze(1) for rows, factors in zip(gradients, own)]

@@ -1,0 +1,292 @@
+"""The small seam between the runtime and a device: capture, streams, memory, copies.
+
+On CUDA a step is captured as a CUDA graph. Elsewhere the same is done by writing down the operator
+calls of a step and calling them again, which is no faster but keeps to the same rules: what is a
+number of Python's when the step is captured stays that number, tensors are read and written where
+they lay, and whoever looks at a value while capturing is refused. So whatever replays right on a
+CPU has nothing baked in that would be stale on a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import psutil
+import torch
+from torch import Tensor
+
+from cgo.errors import CgoError
+from cgo.runtime.tape import TapeError, record_body
+
+#: Streams beside the main one.
+SIDE_STREAMS = 3
+
+
+class CaptureRefused(CgoError):
+    """A body that cannot be captured; it runs eagerly."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A captured body: each `replay` computes anew, into the same `results`."""
+
+    results: Sequence[Tensor]
+    replay: Callable[[], None]
+
+
+class Accelerator(Protocol):
+    """A device as the runtime uses it."""
+
+    device: torch.device
+
+    def capture(
+        self, body: Callable[[], Sequence[Tensor]], generators: Sequence[torch.Generator] = ()
+    ) -> Captured:
+        """Capture a body without running it; what it writes stays as it was.
+
+        Args:
+            body: Works on tensors that stay where they are. Gives the tensors to keep.
+            generators: Those that it draws from; each replay goes on in their streams.
+
+        Raises:
+            CaptureRefused: it synchronises, or does what cannot be done again.
+        """
+
+    def side_by_side(self, branches: Sequence[Callable[[], None]]) -> None:
+        """Run branches that do not depend on each other; returns with all of them ordered."""
+
+    def beside(self, index: int) -> contextlib.AbstractContextManager[None]:
+        """Run a block on a side stream, from what is there now; `join` waits for all of them."""
+
+    def join(self) -> None:
+        """Let what follows wait for the side streams."""
+
+    def upload(self, values: Sequence[float], into: Tensor) -> None:
+        """Write numbers into a device tensor, in stream order and without waiting."""
+
+    def seconds(self, replay: Callable[[], None]) -> float:
+        """How long one replay takes."""
+
+    def free_bytes(self) -> int:
+        """What can be allocated: other processes' memory is not counted in, our own cache is."""
+
+    def peak_bytes(self) -> int | None:
+        """The most that was allocated since the last call; None where nobody counts."""
+
+    def release(self) -> None:
+        """Give cached memory back."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on any device."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "DefaultCPUAllocator: can't allocate memory" in text or "not enough memory" in text
+    )
+
+
+class Host:
+    """The CPU: bodies are written down call by call, branches run one after another."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def capture(
+        self, body: Callable[[], Sequence[Tensor]], generators: Sequence[torch.Generator] = ()
+    ) -> Captured:
+        """See `Accelerator`; the body is run once, and what it wrote is undone."""
+        states = [generator.get_state() for generator in generators]
+        try:
+            results, replay = record_body(body)
+        except TapeError as error:
+            raise CaptureRefused(str(error)) from error
+        finally:
+            for generator, state in zip(generators, states):
+                generator.set_state(state)
+        return Captured(results, replay)
+
+    def side_by_side(self, branches: Sequence[Callable[[], None]]) -> None:
+        """One after another."""
+        for branch in branches:
+            branch()
+
+    def beside(self, index: int) -> contextlib.AbstractContextManager[None]:
+        """Where everything else runs, too."""
+        return contextlib.nullcontext()
+
+    def join(self) -> None:
+        """Nothing runs beside."""
+
+    def upload(self, values: Sequence[float], into: Tensor) -> None:
+        """Write numbers into a tensor."""
+        into.copy_(torch.tensor(values, dtype=into.dtype))
+
+    def seconds(self, replay: Callable[[], None]) -> float:
+        """How long one replay takes."""
+        started = time.perf_counter()
+        replay()
+        return time.perf_counter() - started
+
+    def free_bytes(self) -> int:
+        """Memory that is available without swapping."""
+        return int(psutil.virtual_memory().available)
+
+    def peak_bytes(self) -> int | None:
+        """Nobody counts."""
+        return None
+
+    def release(self) -> None:
+        """Nothing is cached."""
+
+
+class Cuda:
+    """One CUDA device. Graphs of one device share a memory pool: they never run at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pool: Any = None
+        self._capture_stream: Any = None
+        self._sides: list[Any] = []
+        self._used: set[int] = set()  # side streams that nobody has waited for
+
+    def capture(
+        self, body: Callable[[], Sequence[Tensor]], generators: Sequence[torch.Generator] = ()
+    ) -> Captured:
+        """See `Accelerator`."""
+        with torch.cuda.device(self.device):
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+                self._capture_stream = torch.cuda.Stream(self.device)
+            graph = torch.cuda.CUDAGraph()
+            for generator in generators:
+                graph.register_generator_state(generator)
+            try:
+                # Loader threads go on allocating pinned memory: only this thread is watched. And
+                # the backward stays on it, as do the streams that it was told to use.
+                with (
+                    torch.autograd.set_multithreading_enabled(False),
+                    torch.cuda.graph(
+                        graph,
+                        pool=self._pool,
+                        stream=self._capture_stream,
+                        capture_error_mode="thread_local",
+                    ),
+                ):
+                    results = list(body())
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                torch.cuda.synchronize(self.device)
+                text = str(error).partition("\n")[0]
+                raise CaptureRefused(f"the step cannot be captured: {text}") from error
+
+        def replay() -> None:
+            with torch.cuda.device(self.device):
+                graph.replay()
+
+        return Captured(results, replay)
+
+    def _streams(self) -> list[Any]:
+        if not self._sides:
+            self._sides = [torch.cuda.Stream(self.device) for _ in range(SIDE_STREAMS)]
+        return self._sides
+
+    def side_by_side(self, branches: Sequence[Callable[[], None]]) -> None:
+        """Fork, one branch on the current stream and the others beside it, and join."""
+        main = torch.cuda.current_stream(self.device)
+        sides = self._streams()[: len(branches) - 1]
+        for side in sides:
+            side.wait_stream(main)
+        streams = [main, *sides]
+        for index, branch in enumerate(branches):
+            with torch.cuda.stream(streams[index % len(streams)]):
+                branch()
+        for side in sides:
+            main.wait_stream(side)
+
+    @contextlib.contextmanager
+    def beside(self, index: int) -> Iterator[None]:
+        """See `Accelerator`."""
+        chosen = index % SIDE_STREAMS
+        side = self._streams()[chosen]
+        if chosen not in self._used:
+            side.wait_stream(torch.cuda.current_stream(self.device))
+            self._used.add(chosen)
+        with torch.cuda.stream(side):
+            yield
+
+    def join(self) -> None:
+        """See `Accelerator`."""
+        main = torch.cuda.current_stream(self.device)
+        for index in self._used:
+            main.wait_stream(self._sides[index])
+        self._used.clear()
+
+    def upload(self, values: Sequence[float], into: Tensor) -> None:
+        """From pinned memory, whose allocator keeps it until the copy is done."""
+        host = torch.tensor(values, dtype=into.dtype, pin_memory=True)
+        into.copy_(host, non_blocking=True)
+
+    def seconds(self, replay: Callable[[], None]) -> float:
+        """By events of the stream."""
+        with torch.cuda.device(self.device):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            replay()
+            end.record()
+            end.synchronize()
+            return float(begin.elapsed_time(end)) / 1000
+
+    def free_bytes(self) -> int:
+        """What the driver has left for anybody, and what this process holds unused."""
+        free, _ = torch.cuda.mem_get_info(self.device)
+        held = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return int(free + held)
+
+    def peak_bytes(self) -> int | None:
+        """By torch's allocator."""
+        peak = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return int(peak)
+
+    def release(self) -> None:
+        """Give cached memory back."""
+        torch.cuda.empty_cache()
+
+
+#: Rounds of timing a form of a step.
+_ROUNDS = 5
+
+
+def captured_seconds(
+    accelerator: Accelerator, form: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]
+) -> float:
+    """Median seconds of a step's form once it is captured.
+
+    Args:
+        accelerator: Captures and times.
+        form: Called with `inputs`; what it writes is written several times.
+        inputs: Of one step.
+
+    Raises:
+        CaptureRefused: it cannot be captured.
+    """
+    captured = accelerator.capture(lambda: form(*inputs))
+    return statistics.median(accelerator.seconds(captured.replay) for _ in range(_ROUNDS))
+
+
+_known: dict[torch.device, Accelerator] = {}
+
+
+def accelerator_for(device: torch.device) -> Accelerator:
+    """The device's seam; one for each device of the process."""
+    if device not in _known:
+        _known[device] = Cuda(device) if device.type == "cuda" else Host(device)
+    return _known[device]

@@ -1,0 +1,231 @@
+"""Whole steps of merged models, captured once and replayed.
+
+A captured training step holds all that a step does on its device: random numbers, forward, losses,
+backward, clipping, optimizer step, and the sums of losses. What changes between replays lies in
+tensors that are written before each: the batch, learning rates, counts of steps. Nothing is read
+back, so an epoch goes by without a synchronisation. On what this is done for, see
+`cgo.runtime.accelerator`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cgo.graph import ModelId
+from cgo.runtime.accelerator import Accelerator, Captured, CaptureRefused, is_out_of_memory
+from cgo.runtime.data import Leaves
+from cgo.runtime.lanes import Bound, MergedLanes, Outcome
+from cgo.runtime.updates import Updates
+
+#: Split, samples of the batch, models.
+_Key = tuple[str, int, tuple[ModelId, ...]]
+
+
+@dataclass
+class _Training:
+    captured: Captured
+    batch: dict[str, Tensor]  # where the step reads it
+    losses: Tensor  # of the last replay, one for each model
+    sums: Tensor  # of the losses times samples since they were last taken, float64
+    gradients: list[tuple[Tensor, Tensor]]  # of the last replay, of leaves and parameters
+    signature: list[Any]  # of the optimizer step
+    samples: int = 0  # that the sums are of
+
+
+@dataclass
+class _Evaluation:
+    captured: Captured
+    batch: dict[str, Tensor]
+    bounds: Sequence[Bound]
+
+
+class CapturedLanes:
+    """Merged lanes whose steps are replayed where they have been captured.
+
+    A step is captured once it has been run eagerly, by the lanes themselves, until its form is
+    settled. Steps that cannot be captured stay eager, and are reported.
+
+    Args:
+        lanes: What is captured.
+        accelerator: How.
+        tell: Hears what was captured or refused, as JSON values.
+    """
+
+    def __init__(
+        self,
+        lanes: MergedLanes,
+        accelerator: Accelerator,
+        tell: Callable[..., None] = lambda what, **figures: None,
+    ) -> None:
+        self.lanes, self._accelerator, self._tell = lanes, accelerator, tell
+        self._models: tuple[ModelId, ...] = ()
+        self._packing: object = None
+        self._training: dict[_Key, _Training] = {}
+        self._evaluation: dict[_Key, _Evaluation] = {}
+        self._sums: dict[ModelId, tuple[Tensor, int]] = {}  # taken from steps, for `take_sums`
+        self.refused: dict[_Key, str] = {}
+
+    def train(self, models: Sequence[ModelId], leaves: Leaves, size: int) -> bool:
+        """Take one whole training step, if it is captured; else it has to be taken eagerly."""
+        key = "train", size, tuple(models)
+        updates = self._ready(key)
+        if updates is None or not updates.prepare_again():
+            return False
+        step = self._training.get(key)
+        if step is not None and step.signature != updates.signature:
+            self._count(self._training.pop(key), key[2])
+            step = None
+        if step is None:
+            step = self._capture_training(key, leaves, updates)
+            if step is None:
+                updates.unprepare()
+                return False
+        _fill(step.batch, leaves)
+        step.captured.replay()
+        step.samples += size
+        return True
+
+    def finish(self, models: Sequence[ModelId], size: int) -> dict[ModelId, Exception]:
+        """What follows a replayed training step on the host; gives what failed.
+
+        Schedulers that go by steps, and the optimizers that step by themselves.
+        """
+        updates = self.lanes.updates
+        assert updates is not None
+        updates.finish()
+        rest = [model for model in models if not updates.covers(model)]
+        if rest:
+            self.hand_out(models, size)
+        return self.lanes.step_alone(rest)
+
+    def losses(self, models: Sequence[ModelId], size: int) -> dict[ModelId, Tensor]:
+        """Of the last replayed training step."""
+        step = self._training["train", size, tuple(models)]
+        return dict(zip(models, step.losses.clone().unbind(0)))
+
+    def hand_out(self, models: Sequence[ModelId], size: int) -> None:
+        """Make the gradients of the last replayed step readable as `.grad`."""
+        for leaf, gradient in self._training["train", size, tuple(models)].gradients:
+            leaf.grad = gradient
+        self.lanes.hand_out_gradients(anew=True)
+
+    def take_sums(self) -> dict[ModelId, tuple[Tensor, int]]:
+        """Losses times samples, and samples, of each model since the last call."""
+        for key, step in self._training.items():
+            self._count(step, key[2])
+        found, self._sums = self._sums, {}
+        return found
+
+    def _count(self, step: _Training, models: Sequence[ModelId]) -> None:
+        """Move a step's sums to those of its models."""
+        if not step.samples:
+            return
+        for model, total in zip(models, step.sums.clone().unbind(0)):
+            before, samples = self._sums.get(model, (0.0, 0))
+            self._sums[model] = total + before, samples + step.samples
+        step.sums.zero_()
+        step.samples = 0
+
+    def evaluate(
+        self, models: Sequence[ModelId], leaves: Leaves, size: int
+    ) -> dict[ModelId, Outcome] | None:
+        """Losses and predictions, if the step is captured; else None."""
+        key = "validation", size, tuple(models)
+        if self._ready(key) is None:
+            return None
+        step = self._evaluation.get(key) or self._capture_evaluation(key, leaves)
+        if step is None:
+            return None
+        _fill(step.batch, leaves)
+        step.captured.replay()
+        pending = [result.clone() for result in step.captured.results]
+        outcomes: dict[ModelId, Outcome] = {}
+        for bound in step.bounds:
+            results, pending = pending[: bound.count], pending[bound.count :]
+            outcomes |= bound.outcomes(results)
+        return outcomes
+
+    def _ready(self, key: _Key) -> Updates | None:
+        """The optimizer step, where the lanes are packed for these models, and may be captured."""
+        if key in self.refused or not self.lanes.wants_capture(key[2]):
+            return None
+        if self._packing is not self.lanes.packing:
+            self._packing = self.lanes.packing
+            for (_, _, models), step in self._training.items():
+                self._count(step, models)
+            self._training, self._evaluation, self.refused = {}, {}, {}
+        return self.lanes.updates
+
+    def _capture_training(self, key: _Key, leaves: Leaves, updates: Updates) -> _Training | None:
+        models = key[2]
+        bounds = self.lanes.settled("train", key[1], models)
+        if bounds is None:
+            return None
+        batch = {name: leaf.clone() for name, leaf in leaves.items()}
+        sums = torch.zeros(len(models), dtype=torch.float64, device=self.lanes.device)
+        learning: list[Tensor] = []
+
+        def body() -> list[Tensor]:
+            losses = self.lanes.whole_step(bounds, batch)
+            learning[:] = self.lanes.with_gradient(models)
+            updates.apply()
+            stacked = torch.stack([losses[model].detach() for model in models])
+            sums.add_(stacked.double(), alpha=key[1])
+            return [stacked, *(leaf.grad for leaf in learning if leaf.grad is not None)]
+
+        captured = self._captured(key, body, bounds)
+        if captured is None:
+            return None
+        losses, *gradients = captured.results
+        pairs = list(zip(learning, gradients))
+        step = _Training(captured, batch, losses, sums, pairs, updates.signature)
+        self._training[key] = step
+        return step
+
+    def _capture_evaluation(self, key: _Key, leaves: Leaves) -> _Evaluation | None:
+        bounds = self.lanes.settled("validation", key[1], key[2])
+        if bounds is None:
+            return None
+        batch = {name: leaf.clone() for name, leaf in leaves.items()}
+
+        def body() -> list[Tensor]:
+            found: list[Tensor] = []
+            for bound in bounds:
+                results = bound.evaluate(batch, bound.draw(), undo=False)
+                bound.commit(results)
+                found += results
+            return found
+
+        captured = self._captured(key, body, bounds)
+        if captured is None:
+            return None
+        self._evaluation[key] = step = _Evaluation(captured, batch, bounds)
+        return step
+
+    def _captured(
+        self, key: _Key, body: Callable[[], list[Tensor]], bounds: Sequence[Bound]
+    ) -> Captured | None:
+        started = time.perf_counter()
+        program = f"{key[0]}/{key[1]}"
+        try:
+            captured = self._accelerator.capture(body, [g for b in bounds for g in b.generators])
+        except Exception as error:
+            if not isinstance(error, CaptureRefused) and not is_out_of_memory(error):
+                raise
+            self.refused[key] = str(error)
+            self._tell("eager", program=program, models=len(key[2]), reason=str(error))
+            return None
+        spent = time.perf_counter() - started
+        self._tell("captured", program=program, models=len(key[2]), seconds=spent)
+        return captured
+
+
+def _fill(batch: Mapping[str, Tensor], leaves: Leaves) -> None:
+    for name, place in batch.items():
+        place.copy_(leaves[name], non_blocking=True)

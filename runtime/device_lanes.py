@@ -1,0 +1,184 @@
+"""The models of one loader on one device: merged, replayed where captured, or opaque."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cgo.graph import Graph, ModelId
+from cgo.runtime.accelerator import accelerator_for
+from cgo.runtime.captured import CapturedLanes
+from cgo.runtime.data import Leaves
+from cgo.runtime.lanes import MergedLanes, OpaqueLane, Outcome, Result
+from cgo.runtime.member import Member
+from cgo.runtime.tuning import Chooser
+
+#: Steps between two looks at the losses on a GPU, where steps are eager.
+_LOOK_EVERY = 64
+
+
+class Observer(Protocol):
+    """Sees every step, for tests and measurements; each call may cost a synchronisation."""
+
+    def on_loss(self, model: ModelId, step: int, loss: Tensor) -> None:
+        """A model's training loss in its step `step` (from 0, over all epochs)."""
+
+    def on_gradients(
+        self, model: ModelId, step: int, gradients: Mapping[str, Tensor | None]
+    ) -> None:
+        """Its gradients before clipping, by parameter name."""
+
+
+class DeviceLanes:
+    """Trains and evaluates a loader's models on one device.
+
+    Args:
+        graph: The merged graph; models of other devices may be part of it.
+        members: The models on this device.
+        constants: Tensors that the graph refers to by content.
+        device: Where the models' state is.
+        choose: Chooses how they are executed.
+        observer: Sees every step.
+        tell: Hears what was captured, as JSON values.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        members: Sequence[Member],
+        constants: Mapping[str, Tensor],
+        device: torch.device,
+        *,
+        choose: Chooser | None = None,
+        observer: Observer | None = None,
+        tell: Callable[..., None] = lambda what, **figures: None,
+    ) -> None:
+        self.device, self.members = device, {member.id: member for member in members}
+        merged = [member for member in members if member.entry.opaque is None]
+        on_device = {content: value.to(device) for content, value in constants.items()}
+        self.merged = MergedLanes(graph, merged, on_device, device, choose)
+        self._accelerator = accelerator_for(device)
+        self._captured = CapturedLanes(self.merged, self._accelerator, tell)
+        self._opaque = {m.id: OpaqueLane(m) for m in members if m.entry.opaque is not None}
+        self._observer = observer
+
+    def train(
+        self, models: Sequence[ModelId], leaves: Leaves, size: int, step: int
+    ) -> dict[ModelId, Exception]:
+        """One step of the given models; gives what failed.
+
+        Args:
+            models: Of this device; others are ignored.
+            leaves: The batch, on any device.
+            size: Its samples.
+            step: Its number, from 0, over all epochs.
+        """
+        merged, opaque = self._divided(models)
+        leaves = self._here(leaves)
+        failures: dict[ModelId, Exception] = {}
+        replayed = bool(merged) and self._captured.train(merged, leaves, size)
+        if replayed and self._observer is not None:
+            self._show_replayed(merged, size, step)
+        for index, model in enumerate(opaque):
+            with self._accelerator.beside(index):
+                failures |= self._train_opaque(model, leaves, size, step)
+        self._accelerator.join()
+        if replayed:
+            return failures | self._captured.finish(merged, size)
+        return failures | (self._train_eagerly(merged, leaves, size, step) if merged else {})
+
+    def _divided(self, models: Sequence[ModelId]) -> tuple[list[ModelId], list[ModelId]]:
+        own = [model for model in models if model in self.members]
+        merged = [model for model in own if model not in self._opaque]
+        return merged, [model for model in own if model in self._opaque]
+
+    def _here(self, leaves: Leaves) -> Leaves:
+        if all(leaf.device == self.device for leaf in leaves.values()):
+            return leaves
+        return {name: leaf.to(self.device, non_blocking=True) for name, leaf in leaves.items()}
+
+    def _train_eagerly(
+        self, models: Sequence[ModelId], leaves: Leaves, size: int, step: int
+    ) -> dict[ModelId, Exception]:
+        for model in models:
+            self.members[model].updater.zero_grad()
+        failures: dict[ModelId, Exception] = {}
+        learned: list[ModelId] = []
+        for model, outcome in self.merged.train(models, leaves, size).items():
+            if isinstance(outcome, Result):
+                self._count(model, outcome, size, step)
+                learned.append(model)
+            else:
+                failures[model] = outcome
+        return failures | (self.merged.update(learned) if learned else {})
+
+    def _train_opaque(
+        self, model: ModelId, leaves: Leaves, size: int, step: int
+    ) -> dict[ModelId, Exception]:
+        member = self.members[model]
+        member.updater.zero_grad()
+        outcome = self._opaque[model].train(leaves)
+        if not isinstance(outcome, Result):
+            return {model: outcome}
+        self._count(model, outcome, size, step)
+        if member.diverged:
+            return {}
+        try:
+            member.updater.step()
+        except Exception as error:
+            return {model: error}
+        return {}
+
+    def _count(self, model: ModelId, result: Result, size: int, step: int) -> None:
+        member = self.members[model]
+        if self._observer is not None:
+            self.merged.hand_out_gradients()
+            self._show(model, step, result.loss.detach())
+        member.train_loss.add(result.loss, size)
+        # Looking at a loss waits for a GPU, so there it is done now and then.
+        looks = self.device.type == "cpu" or step % _LOOK_EVERY == 0
+        if looks and member.entry.training.stop_on_nan and not math.isfinite(result.loss.detach()):
+            member.diverged = True
+
+    def _show_replayed(self, models: Sequence[ModelId], size: int, step: int) -> None:
+        self._captured.hand_out(models, size)
+        for model, loss in self._captured.losses(models, size).items():
+            self._show(model, step, loss)
+
+    def _show(self, model: ModelId, step: int, loss: Tensor) -> None:
+        assert self._observer is not None
+        self._observer.on_loss(model, step, loss)
+        self._observer.on_gradients(model, step, self.members[model].state.named_gradients())
+
+    def end_training(self) -> None:
+        """After an epoch's training: hand each model its sum of losses."""
+        for model, (total, samples) in self._captured.take_sums().items():
+            self.members[model].train_loss.add_sum(total, samples)
+
+    def evaluate(
+        self, models: Sequence[ModelId], leaves: Leaves, size: int
+    ) -> tuple[Leaves, dict[ModelId, Outcome]]:
+        """The batch on this device, and losses and predictions without gradients."""
+        merged, opaque = self._divided(models)
+        leaves = self._here(leaves)
+        outcomes: dict[ModelId, Outcome] = {}
+        if merged:
+            found = self._captured.evaluate(merged, leaves, size)
+            outcomes |= self.merged.evaluate(merged, leaves, size) if found is None else found
+        for index, model in enumerate(opaque):
+            with self._accelerator.beside(index):
+                outcomes[model] = self._opaque[model].evaluate(leaves)
+        self._accelerator.join()
+        return leaves, outcomes
+
+    def sync(self) -> None:
+        """Bring each model's own optimizer up to date, for a checkpoint."""
+        self.merged.sync()
+
+    def forget(self, model: ModelId) -> None:
+        """Drop the programs that an ended model was part of."""
+        self.merged.forget(model)

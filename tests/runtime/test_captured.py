@@ -1,0 +1,176 @@
+"""Captured steps, on a CPU by writing their calls down: nothing stale is baked in.
+
+What holds here holds for a CUDA graph as well: both keep Python's numbers and tensors' places, and
+refuse whoever looks at a value.
+"""
+
+import pytest
+import torch
+from support.families import FAMILIES
+from support.merged import Case, Merged, assert_equal_float64
+
+import cgo
+from cgo.runtime.accelerator import CaptureRefused, accelerator_for
+
+CAPTURED = cgo.Tuning(measure=False, capture=True)
+OPTIMIZERS = {
+    "SGD": {"lr": 0.05, "momentum": 0.9, "nesterov": True},
+    "Adam": {"lr": 0.01, "eps": 1e-3},
+    "AdamW": {"lr": 0.01, "eps": 1e-3, "weight_decay": 0.02},
+    "RMSprop": {"lr": 0.002, "eps": 1e-3, "momentum": 0.5},
+    "Adagrad": {"lr": 0.02, "lr_decay": 0.01, "eps": 1e-3},
+}
+
+
+def told(merged, what):
+    return [e.value for e in merged.events if e.kind == "trial" and e.value["what"] == what]
+
+
+def check(cases, folder, tuning=CAPTURED):
+    merged = Merged(cases, folder, tuning=tuning)
+    for case in cases:
+        assert_equal_float64(merged, case)
+    return merged
+
+
+def training(optimizer="SGD", epochs=4, **more):
+    kwargs = {"optimizer": optimizer, "optimizer_kwargs": OPTIMIZERS[optimizer]}
+    return {"precision": "float64", "epochs": epochs, **kwargs, **more}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_schedules_and_counts_of_steps_are_read_anew(optimizer, tmp_path):
+    """Rates change at each step, and differ between models."""
+    schedule = {"scheduler": "ExponentialLR", "scheduler_interval": "step"}
+    cases = []
+    for number, gamma in enumerate((0.9, 0.97)):
+        given = training(optimizer, scheduler_kwargs={"gamma": gamma}, **schedule)
+        given["optimizer_kwargs"] = {**OPTIMIZERS[optimizer], "lr": 0.01 * (number + 1)}
+        given["grad_clip_norm"] = 0.3 if number else None
+        cases.append(Case(f"m{number}", "mlp", {"dropout": 0.2}, seed=number, training=given))
+    merged = check(cases, tmp_path)
+    assert "train/32" in {value["program"] for value in told(merged, "captured")}
+    assert told(merged, "eager") == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family, tmp_path):
+    kwargs = {**FAMILIES[family], "dropout": 0.2}
+    given = training("Adam", epochs=3)
+    check([Case(f"m{i}", family, kwargs, seed=i, training=given) for i in range(2)], tmp_path)
+
+
+def test_float32_steps_by_kernels_that_read_rates_and_counts_from_the_device(tmp_path):
+    cases = []
+    for number, optimizer in enumerate(("SGD", "Adam", "AdamW")):
+        given = training(optimizer, epochs=3, precision="float32", scheduler="ExponentialLR")
+        given |= {"scheduler_kwargs": {"gamma": 0.7}, "scheduler_interval": "step"}
+        cases.append(Case(f"m{number}", "mlp", seed=number, training=given))
+    merged = Merged(cases, tmp_path, tuning=CAPTURED)
+    assert told(merged, "captured")
+    for case in cases:
+        alone = case.alone()
+        torch.testing.assert_close(
+            torch.tensor(merged.losses[case.id]), torch.tensor(alone.losses), rtol=2e-5, atol=1e-6
+        )
+
+
+def test_evaluation_is_captured_once_it_was_run(tmp_path):
+    merged = check([Case("m", "cnn", training=training(epochs=6))], tmp_path)
+    programs = [value["program"] for value in told(merged, "captured")]
+    assert any(program.startswith("validation/") for program in programs)
+    assert len(programs) == len(set(programs))
+
+
+def test_a_smaller_last_batch_is_captured_as_a_program_of_its_own(tmp_path):
+    case = Case("m", "mlp", {"dropout": 0.1}, source_kwargs={"samples": 140}, batch_size=48,
+                training=training(epochs=6))  # fmt: skip
+    merged = check([case], tmp_path)
+    programs = {value["program"] for value in told(merged, "captured")}
+    assert {"train/48", "train/44"} <= programs
+
+
+def test_models_that_end_early_leave_a_step_that_is_captured_anew(tmp_path):
+    cases = [
+        Case("short", "mlp", seed=1, training=training(epochs=2)),
+        Case("long", "mlp", seed=2, training=training(epochs=5)),
+    ]
+    merged = check(cases, tmp_path)
+    counts = [v["models"] for v in told(merged, "captured") if v["program"] == "train/32"]
+    assert counts == [2, 1]
+
+
+def test_opaque_lanes_and_other_optimizers_step_beside_the_captured_step(tmp_path):
+    given = training()
+    other = {"precision": "float64", "epochs": 4, "optimizer": "NAdam",
+             "optimizer_kwargs": {"lr": 0.01, "eps": 1e-3}}  # fmt: skip
+    cases = [
+        Case("opaque", "trap", {"kind": "control_flow"}, training=given),
+        Case("merged", "mlp", {"dropout": 0.2}, seed=3, training=given),
+        Case("own", "mlp", seed=4, training=other),
+    ]
+    merged = check(cases, tmp_path)
+    assert set(merged.plan.report.opaque) == {"opaque"}
+    assert {value["models"] for value in told(merged, "captured")} == {2}
+
+
+def test_a_diverging_model_fails_alone_and_changes_no_bit_of_its_neighbour(tmp_path):
+    def run(name, lr):
+        given = training(precision="float32", epochs=3)
+        bad = {**given, "optimizer_kwargs": {"lr": lr}}
+        cases = [Case("good", "mlp", seed=1, training={**given, "optimizer_kwargs": {"lr": 0.05}}),
+                 Case("bad", "mlp", seed=2, training=bad)]  # fmt: skip
+        return Merged(cases, tmp_path / name, tuning=CAPTURED)
+
+    whole, broken = run("whole", 0.05), run("broken", 1e30)
+    assert "became" in broken.ended("bad")["error"]
+    first = len(broken.losses["bad"])  # while the same program runs
+    assert 0 < first < len(whole.losses["good"])
+    assert broken.losses["good"][:first] == whole.losses["good"][:first]
+
+
+def test_replaying_twice_from_the_same_state_gives_the_same_bits():
+    host = accelerator_for(torch.device("cpu"))
+    weights, batch = torch.randn(4, 4), torch.randn(8, 4)
+    generator = torch.Generator().manual_seed(3)
+
+    def body():
+        noise = torch.empty(8, 4).normal_(generator=generator)
+        found = (batch + noise) @ weights
+        weights.sub_(found.mean(0) * 0.1)
+        return [found]
+
+    before = weights.clone(), generator.get_state()
+    captured = host.capture(body, [generator])
+    assert torch.equal(weights, before[0])  # what was captured has not happened yet
+    assert torch.equal(generator.get_state(), before[1])
+    seen = []
+    for _ in range(2):
+        weights.copy_(before[0])
+        generator.set_state(before[1])
+        captured.replay()
+        seen.append((captured.results[0].clone(), weights.clone()))
+    assert all(torch.equal(a, b) for a, b in zip(*seen))
+    captured.replay()
+    assert not torch.equal(captured.results[0], seen[0][0])  # streams and state go on
+
+
+def test_a_body_that_looks_at_a_value_is_refused_and_leaves_no_trace():
+    values = torch.ones(3)
+
+    def body():
+        values.add_(1)
+        return [values * 2] if float(values.sum()) > 0 else []
+
+    with pytest.raises(CaptureRefused, match="depends on values"):
+        accelerator_for(torch.device("cpu")).capture(body)
+    assert torch.equal(values, torch.ones(3))
+
+
+def test_numbers_of_python_are_baked_in_as_a_graph_would():
+    """What makes the other tests mean something."""
+    rate, values = [1.0], torch.zeros(2)
+    captured = accelerator_for(torch.device("cpu")).capture(lambda: [values + rate[0]])
+    rate[0] = 5.0
+    captured.replay()
+    assert captured.results[0].tolist() == [1.0, 1.0]
