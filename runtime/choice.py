@@ -63,6 +63,7 @@ class Choice:
     ways: Mapping[str, Way] = field(default_factory=dict)  # of groups, by name
     taped: bool = False  # steps are recorded, and replayed by an interpreter
     improve: Improve | None = None  # of taped steps
+    images_last: bool | None = None  # in memory; None: as the device has it
     captured: bool = False  # whole steps are captured, and replayed by the device
 
 

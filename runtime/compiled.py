@@ -97,9 +97,10 @@ class Compiler:
 
     def _repays(self, tape: Tape, replay: Replay, inputs: Sequence[Tensor]) -> bool:
         """As `repays`; where no length of the step could speak for it, it is not timed."""
-        if not repays(tape, math.inf, self.steps):
+        kind = "cpu" if self.accelerator is None else self.accelerator.device.type
+        if not repays(tape, math.inf, self.steps, kind):
             return False
-        return repays(tape, self._seconds([replay], inputs)[0], self.steps)
+        return repays(tape, self._seconds([replay], inputs)[0], self.steps, kind)
 
     def _seconds(self, forms: Sequence[Replay], inputs: Sequence[Tensor]) -> list[float]:
         if self.accelerator is None:
@@ -111,10 +112,10 @@ class Compiler:
             return _seconds(forms, inputs)
 
 
-def repays(tape: Tape, step_s: float, steps: int) -> bool:
+def repays(tape: Tape, step_s: float, steps: int, device_type: str = "cpu") -> bool:
     """Whether compiling is expected to cost less than it gains in so many steps."""
-    on_cpu = all(value.device.type == "cpu" for value in tape.constants.values())
-    if on_cpu and any("convolution" in call.op._schema.name for call in tape.calls):
+    convolves = any("convolution" in call.op._schema.name for call in tape.calls)
+    if device_type == "cpu" and convolves:
         return False
     return _CALL_S * len(tape.calls) < _GAIN * step_s * steps
 

@@ -254,7 +254,8 @@ class MergedLanes:
             part = restrict(graph, models=set(models))
             state = self._packed if packed else PackedState((), self.members)
             ways = self._chosen.ways if packed else {}
-            lowered = lower(part, program, self.device, state.packs, ways=ways)
+            last = self._chosen.images_last
+            lowered = lower(part, program, self.device, state.packs, ways=ways, images_last=last)
             chosen = self._chosen if packed else Choice(graph, ())
             where = f"{program}/{','.join(models)}"
             bound = Bound(

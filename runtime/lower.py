@@ -93,7 +93,7 @@ def lower(
     packs: Sequence[Pack] = (),
     *,
     ways: Mapping[str, Way] | None = None,
-    keep_layouts: bool = False,
+    images_last: bool | None = None,
 ) -> Lowered:
     """Make one program of a graph executable.
 
@@ -103,8 +103,8 @@ def lower(
         device: Where its tensors are.
         packs: Parameters and buffers that will be handed over as one tensor.
         ways: How groups are executed, by name; others in the first form that applies.
-        keep_layouts: Leave images in the memory format that they come in, so that a capture rounds
-            as its module does.
+        images_last: Convolve images with channels last in memory; None: on a CPU. False leaves them
+            in the format that they come in, so that a capture rounds as its module does.
 
     Raises:
         GraphError: the graph has no such program, or nodes of different autocast settings feed
@@ -113,7 +113,8 @@ def lower(
     part = restrict(graph, program=program)
     if not part.outputs:
         raise GraphError(f"the graph has no program {program!r}")
-    images_last = device.type == "cpu" and not keep_layouts
+    if images_last is None:
+        images_last = device.type == "cpu"
     return _Lowering(part, device, packs, images_last, ways or {}).lowered()
 
 

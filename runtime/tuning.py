@@ -105,15 +105,16 @@ class Tuner:
         rules = Rules() if self.tuning.forced else self.rules
         ruled = rules(graph, models)
         found = None if self.record is None else self.record.find(ruled)
-        options = self._decide(ruled.graph) if found is None else found
+        options, last = self._decide(ruled.graph) if found is None else found
         if self.record is not None:
-            self.record.add(ruled, options)
+            self.record.add(ruled, options, last)
         self.tell(
             "tuned",
             groups=len(options),
             programs=len(ruled.programs),
             measured=self.budget.measured,
             seconds=self.budget.spent,
+            images_last=last,
         )
         captured = self._captured()
         compiler = Compiler(
@@ -129,7 +130,8 @@ class Tuner:
             overlap = Overlap(accelerator_for(self.device), self.tell)
             improve = _first_of(compiler, overlap)
         taped = self._taped(captured)
-        return replace(_applied(ruled, options), taped=taped, improve=improve, captured=captured)
+        choice = _applied(ruled, options)
+        return replace(choice, taped=taped, improve=improve, captured=captured, images_last=last)
 
     def _captured(self) -> bool:
         if self.tuning.capture is not None:
@@ -141,19 +143,25 @@ class Tuner:
             return self.tuning.tape
         return captured or self.steps >= _TAPED_STEPS
 
-    def _decide(self, graph: Graph) -> Mapping[str, Option]:
+    def _decide(self, graph: Graph) -> tuple[Mapping[str, Option], bool | None]:
+        """Each group's option, and whether images have channels last: measured, but on a CPU."""
         if not self.budget.seconds:
             self.budget.seconds = self.tuning.budget_s(self.steps * _step_s(graph))
-        self.assignment = self._assignment(graph)
-        return self.assignment.options
+        last: bool | None = None
+        self.assignment = self._assignment(graph, last)
+        if self.device.type != "cpu" and self.budget.left and _convolves(graph):
+            other = self._assignment(graph, True)
+            if other.seconds < self.assignment.seconds:
+                self.assignment, last = other, True
+        return self.assignment.options, last
 
-    def _assignment(self, graph: Graph) -> Assignment:
+    def _assignment(self, graph: Graph, last: bool | None) -> Assignment:
         groups: dict[str, list[Node]] = {}
         for members in runs(graph.nodes):
             name = members[0].group
             if name is not None and len(members) > 1 and is_training(members[0]):
                 groups[name] = members
-        timer = Timer(self.device, graph)
+        timer = Timer(self.device, graph, images_last=last)
         options: dict[str, list[Option]] = {}
         decide = self._forced if self.tuning.forced else self._options
         for name in sorted(groups, key=lambda name: -_weight(groups[name], timer.types)):
@@ -195,7 +203,7 @@ class Tuner:
     ) -> float | None:
         """Seconds of a whole group executed one way, so many members at once."""
         measured = 1 if way.form == LOOPED else _measured_width(width)
-        key = f"{way.form}/{way.layout}"
+        key = f"{way.form}/{way.layout}" + ("/last" if timer.marked_last else "")
         known = self.table.get(signature, key, measured)
         if known is None and self.budget.left:
             started = time.perf_counter()
@@ -247,6 +255,7 @@ class Record:
     def __init__(self, path: Path, device: torch.device, given: str | None = None) -> None:
         self._path, self._device = path, device_key(device)
         self._choices: dict[str, dict[str, list[Any]]] = {}
+        self._last: dict[str, bool | None] = {}  # channels last in memory
         self.compiled: dict[str, bool] = {}  # steps by name, and whether they were compiled
         for source in (Path(given) if given else None, path if path.exists() else None):
             if source is not None:
@@ -258,21 +267,26 @@ class Record:
             if document["device"] == self._device:
                 self._choices |= document["choices"]
                 self.compiled |= document.get("compiled", {})
+                self._last |= document.get("images_last", {})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise TrialError(
                 f"{path} is no record of lowering choices: {type(error).__name__}: {error}; give a "
                 "trial's lowering.json, or none"
             ) from error
 
-    def find(self, ruled: Choice) -> dict[str, Option] | None:
-        """What was chosen for this graph, divided so."""
+    def find(self, ruled: Choice) -> tuple[dict[str, Option], bool | None] | None:
+        """What was chosen for this graph, divided so; and whether with channels last."""
         found = self._choices.get(_key(ruled))
-        return None if found is None else {name: Option(*row) for name, row in found.items()}
+        if found is None:
+            return None
+        options = {name: Option(*row) for name, row in found.items()}
+        return options, self._last.get(_key(ruled))
 
-    def add(self, ruled: Choice, options: Mapping[str, Option]) -> None:
+    def add(self, ruled: Choice, options: Mapping[str, Option], last: bool | None) -> None:
         """Keep a choice."""
         rows = {name: [o.form, o.layout, o.width, o.seconds] for name, o in options.items()}
         self._choices[_key(ruled)] = rows
+        self._last[_key(ruled)] = last
         self._write()
 
     def settle(self, step: str, compiled: bool) -> None:
@@ -282,7 +296,12 @@ class Record:
             self._write()
 
     def _write(self) -> None:
-        document = {"device": self._device, "choices": self._choices, "compiled": self.compiled}
+        document = {
+            "device": self._device,
+            "choices": self._choices,
+            "images_last": self._last,
+            "compiled": self.compiled,
+        }
         partial = self._path.with_suffix(".part")
         partial.write_text(json.dumps(document, indent=1) + "\n")
         partial.replace(self._path)
@@ -298,6 +317,10 @@ def _key(ruled: Choice) -> str:
 #: Rough costs of a training step, to plan with: seconds for a node, and for a byte that it gives.
 _NODE_S = 2e-5
 _BYTE_S = 2e-9
+
+
+def _convolves(graph: Graph) -> bool:
+    return any("convolution" in node.op or "conv2d" in node.op for node in graph.nodes)
 
 
 def _step_s(graph: Graph) -> float:

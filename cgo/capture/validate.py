@@ -88,7 +88,7 @@ def _captured(
     graph: Graph, program: Program, name: str, module: nn.Module, leaves: Leaves, seed: int
 ) -> dict[str, Tensor | None]:
     module.zero_grad()
-    lowered = lower(graph, name, _CPU, keep_layouts=True)
+    lowered = lower(graph, name, _CPU, images_last=False)
     tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
     tensors |= dict(module.named_buffers(remove_duplicate=False))
     generator = torch.Generator().manual_seed(seed)
