@@ -27,6 +27,7 @@ from cgo.graph import (
     inputs_of,
     is_training,
     program_of,
+    restrict,
 )
 from cgo.operators import aten
 from cgo.runtime.emitter import runs
@@ -87,22 +88,12 @@ class Rules:
         so that it is computed once.
         """
         programs = self._programs(graph, models)
-        number = {model: index for index, ids in enumerate(programs) for model in ids}
         types = {node.name: node.types for node in graph.nodes}
-        nodes: list[Node] = []
-        for members in runs(graph.nodes):
-            if members[0].group is None:
-                nodes += members
-                continue
-            loop = LOOP if _lane_bytes(members[0], types) > self.most_lane_bytes else ""
-            parts: dict[int, list[Node]] = defaultdict(list)
-            for member in members:
-                parts[number[min(member.owners)]].append(member)
-            for index, part in parts.items():
-                suffix = f".{index}" if len(parts) > 1 else ""
-                name = f"{members[0].group}{suffix}{loop}" if len(part) > 1 else None
-                nodes += [replace(n, group=name) if n.group != name else n for n in part]
-        return Choice(Graph(tuple(nodes), graph.outputs), programs)
+
+        def loops(members: Sequence[Node]) -> bool:
+            return _lane_bytes(members[0], types) > self.most_lane_bytes
+
+        return Choice(_regrouped(graph, programs, loops)[0], programs)
 
     def _programs(self, graph: Graph, models: Sequence[ModelId]) -> tuple[tuple[ModelId, ...], ...]:
         sizes = _activation_bytes(graph)
@@ -116,6 +107,53 @@ class Rules:
             found[-1] += together
             size += more
         return tuple(tuple(sorted(ids)) for ids in found)
+
+
+def divided(choice: Choice, most_models: int) -> Choice:
+    """The same choice with programs of at most so many models; groups are divided as well.
+
+    Args:
+        choice: What was chosen.
+        most_models: Models of a program; those that share work stay together all the same.
+    """
+    programs: list[tuple[ModelId, ...]] = []
+    for ids in choice.programs:
+        current: list[ModelId] = []
+        for together in _sharing(restrict(choice.graph, models=set(ids)), ids):
+            if current and len(current) + len(together) > most_models:
+                programs.append(tuple(sorted(current)))
+                current = []
+            current += together
+        programs.append(tuple(sorted(current)))
+    graph, origin = _regrouped(choice.graph, programs, lambda ms: (ms[0].group or "")[-1:] == LOOP)
+    ways = {name: choice.ways[old] for name, old in origin.items() if old in choice.ways}
+    return replace(choice, graph=graph, programs=tuple(programs), ways=ways)
+
+
+def _regrouped(
+    graph: Graph,
+    programs: Sequence[Sequence[ModelId]],
+    loops: Callable[[Sequence[Node]], bool],
+) -> tuple[Graph, dict[str, str]]:
+    """The graph with groups divided by program and loops marked; names, with those of before."""
+    number = {model: index for index, ids in enumerate(programs) for model in ids}
+    nodes: list[Node] = []
+    origin: dict[str, str] = {}
+    for members in runs(graph.nodes):
+        old = members[0].group
+        if old is None:
+            nodes += members
+            continue
+        parts: dict[int, list[Node]] = defaultdict(list)
+        for member in members:
+            parts[number[min(member.owners)]].append(member)
+        mark = LOOP if loops(members) else ""
+        for index, part in parts.items():
+            suffix = f".{index}" if len(parts) > 1 else ""
+            name = f"{old.removesuffix(LOOP)}{suffix}{mark}" if len(part) > 1 else None
+            nodes += [replace(n, group=name) if n.group != name else n for n in part]
+            origin |= {} if name is None else {name: old}
+    return Graph(tuple(nodes), graph.outputs), origin
 
 
 def rules_for(device: torch.device) -> Rules:

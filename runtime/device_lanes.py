@@ -60,7 +60,7 @@ class DeviceLanes:
         self.device, self.members = device, {member.id: member for member in members}
         merged = [member for member in members if member.entry.opaque is None]
         on_device = {content: value.to(device) for content, value in constants.items()}
-        self.merged = MergedLanes(graph, merged, on_device, device, choose)
+        self.merged = MergedLanes(graph, merged, on_device, device, choose, tell)
         self._accelerator = accelerator_for(device)
         self._captured = CapturedLanes(self.merged, self._accelerator, tell)
         self._opaque = {m.id: OpaqueLane(m) for m in members if m.entry.opaque is not None}

@@ -8,7 +8,7 @@ its neighbours' numbers as they are.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,10 +18,10 @@ from torch import Tensor
 from cgo.errors import DataError
 from cgo.graph import Graph, ModelId, Node, Output, homes, restrict
 from cgo.model import loss_function
-from cgo.runtime.accelerator import accelerator_for
+from cgo.runtime.accelerator import accelerator_for, is_out_of_memory, without_frames
 from cgo.runtime.builder import Result as LoweredResult
 from cgo.runtime.builder import Source
-from cgo.runtime.choice import Choice, rules_for
+from cgo.runtime.choice import Choice, divided, rules_for
 from cgo.runtime.data import Leaves, preserved_random_state
 from cgo.runtime.lower import Lowered, lower
 from cgo.runtime.member import Member
@@ -55,6 +55,7 @@ class MergedLanes:
         constants: Mapping[str, Tensor],
         device: torch.device,
         choose: Chooser | None = None,
+        tell: Callable[..., None] = lambda what, **figures: None,
     ) -> None:
         self.members = {member.id: member for member in members}
         self._graph = graph
@@ -62,6 +63,8 @@ class MergedLanes:
         self._constants = constants
         self.device = device
         self._choose = choose or rules_for(device)
+        self._tell = tell
+        self._most_models = 0  # of a program, since memory ran out; 0: no limit
         self._chosen = Choice(graph, ())
         self._packed_for: tuple[ModelId, ...] = ()
         self._packed = PackedState((), self.members)
@@ -74,26 +77,55 @@ class MergedLanes:
         self._packed.zero_grad()
         bounds = [self._bound(f"train/{size}", ids) for ids in self._chosen.programs]
         drawn = [bound.draw() for bound in bounds]
-        outcomes: dict[ModelId, Outcome] = {}
-        begun: list[Bound] = []
-        try:
-            for bound, numbers in zip(bounds, drawn):
-                begun.append(bound)
-                outcomes |= self._train(bound, leaves, numbers)
-        except Exception as error:
-            for bound in begun:
-                bound.restore()
+        while True:
+            outcomes, failure = self._attempt(bounds, leaves, drawn)
+            if failure is None:
+                break
             self._packed.zero_grad()
             self._drop_updates()
             if len(models) == 1:
-                return {models[0]: error}
-            return self._train_apart(models, leaves, size, drawn)
+                return {models[0]: failure}
+            if not is_out_of_memory(failure) or not self._divide(failure):
+                return self._train_apart(models, leaves, size, drawn)
+            single = _singles(drawn)
+            self._repack(models)
+            bounds = [self._bound(f"train/{size}", ids) for ids in self._chosen.programs]
+            drawn = [bound.together(single) for bound in bounds]
         if self.updates is None:
             updaters = {model: self.members[model].updater for model in models}
             on_device = self.device.type != "cpu" or self._chosen.captured
             accelerator = accelerator_for(self.device) if on_device else None
             self.updates = Updates(updaters, self._packed.learning, accelerator)
         return outcomes
+
+    def _attempt(
+        self, bounds: Sequence[Bound], leaves: Leaves, drawn: Sequence[Drawn]
+    ) -> tuple[dict[ModelId, Outcome], Exception | None]:
+        """All programs one after another; or what failed, with buffers as they were."""
+        outcomes: dict[ModelId, Outcome] = {}
+        begun: list[Bound] = []
+        try:
+            for bound, numbers in zip(bounds, drawn):
+                begun.append(bound)
+                outcomes |= self._train(bound, leaves, numbers)
+            return outcomes, None
+        except Exception as error:
+            for bound in begun:
+                bound.restore()
+            return {}, without_frames(error)
+
+    def _divide(self, failure: Exception) -> bool:
+        """Halve the programs whose memory did not suffice; False where they are single models."""
+        largest = max(map(len, self._chosen.programs))
+        before = len(self._chosen.programs)
+        most = (min(self._most_models, largest) if self._most_models else largest) // 2
+        while most and len(divided(self._chosen, most).programs) == before:
+            most //= 2
+        if not most:
+            return False
+        self._most_models = most
+        self._tell("divided", most_models=most, reason=str(failure).partition("\n")[0])
+        return True
 
     def _train(
         self, bound: Bound, leaves: Leaves, drawn: Drawn, *, undo: bool = True
@@ -111,17 +143,12 @@ class MergedLanes:
     ) -> dict[ModelId, Outcome]:
         """Run each model alone on the same random numbers, to find which of them raises."""
         outcomes: dict[ModelId, Outcome] = {}
-        single: dict[tuple[str, ...], Tensor] = {
-            (name,): lane
-            for numbers in drawn
-            for names, value in numbers.items()
-            for name, lane in zip(names, value if len(names) > 1 else [value])
-        }
+        single = _singles(drawn)
         for model in models:
             self.members[model].updater.zero_grad()
             bound = self._bound(f"train/{size}", [model], packed=False)
             try:
-                outcomes |= self._train(bound, leaves, single)
+                outcomes |= self._train(bound, leaves, bound.together(single))
             except Exception as error:
                 bound.restore()
                 outcomes[model] = error
@@ -214,15 +241,19 @@ class MergedLanes:
         try:
             results = bound.evaluate(leaves, bound.draw())
             bound.commit(results)  # a module may keep count in evaluation mode, too
+            return bound.outcomes(results)
         except Exception as error:
             bound.restore()
-            if len(models) == 1:
-                return {models[0]: error}
-            outcomes: dict[ModelId, Outcome] = {}
-            for model in models:
-                outcomes |= self._evaluate([model], leaves, size, packed=False)
-            return outcomes
-        return bound.outcomes(results)
+            failure = without_frames(error)
+        if len(models) == 1:
+            return {models[0]: failure}
+        if packed and is_out_of_memory(failure) and self._divide(failure):
+            self._packed_for = ()  # packed anew at the next batch
+        accelerator_for(self.device).release()
+        outcomes: dict[ModelId, Outcome] = {}
+        for model in models:
+            outcomes |= self._evaluate([model], leaves, size, packed=False)
+        return outcomes
 
     def sync(self) -> None:
         """Bring each model's own optimizer up to date, for a checkpoint."""
@@ -236,13 +267,18 @@ class MergedLanes:
 
     def _pack(self, models: Sequence[ModelId]) -> None:
         """Arrange the state of the models that run now; a model that left keeps its own."""
-        if self._packed_for == tuple(models):
-            return
+        if self._packed_for != tuple(models):
+            self._repack(models)
+
+    def _repack(self, models: Sequence[ModelId]) -> None:
         self._drop_updates()
         self._packed_for = tuple(models)
-        self._chosen = self._choose(restrict(self._graph, models=set(models)), models)
-        self._packed = PackedState(plan_packs(self._chosen.graph), self.members)
         self._programs = {key: bound for key, bound in self._programs.items() if not key[2]}
+        self._chosen = self._choose(restrict(self._graph, models=set(models)), models)
+        if self._most_models:
+            self._chosen = divided(self._chosen, self._most_models)
+        self._packed = PackedState(plan_packs(self._chosen.graph), self.members)
+        accelerator_for(self.device).release()
         for member in self.members.values():
             release(member, self._packed.held)
 
@@ -271,6 +307,16 @@ class MergedLanes:
 
 #: A step's random tensors by the names of the nodes that they stand for.
 Drawn = Mapping[tuple[str, ...], Tensor]
+
+
+def _singles(drawn: Sequence[Drawn]) -> dict[str, Tensor]:
+    """Random tensors by the single nodes that they stand for."""
+    return {
+        name: lane
+        for numbers in drawn
+        for names, value in numbers.items()
+        for name, lane in zip(names, value if len(names) > 1 else [value])
+    }
 
 
 class Bound:
@@ -370,6 +416,15 @@ class Bound:
         for names, lane, fill, generator in self._draws:
             fill(drawn[names] if lane is None else drawn[names][lane], generator)
         return drawn
+
+    def together(self, single: Mapping[str, Tensor]) -> Drawn:
+        """A step's random tensors from those of single nodes, drawn before."""
+        found: dict[tuple[str, ...], Tensor] = {}
+        for _, source in self._random:
+            names = tuple(node.name for node in source.nodes)
+            lanes = [single[name] for name in names]
+            found[names] = torch.stack(lanes) if source.packed else lanes[0]
+        return found
 
     @property
     def settled(self) -> bool:
