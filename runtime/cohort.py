@@ -17,6 +17,9 @@ from cgo.runtime.member import Member
 from cgo.runtime.meters import EvaluationMeter
 from cgo.runtime.tuning import Tuner
 
+#: Predictions of a model that are kept on a GPU before its metrics are computed from them.
+_KEPT_BYTES = 2**24
+
 
 class Cohort:
     """The models that share a loader; they see the same batches in the same order.
@@ -127,7 +130,12 @@ class Cohort:
     def _evaluate(
         self, loader: Loader, members: Sequence[Member]
     ) -> dict[ModelId, dict[str, float]]:
-        meters = {member.id: EvaluationMeter(member.entry.training) for member in members}
+        meters = {
+            member.id: EvaluationMeter(
+                member.entry.training, 0 if member.device.type == "cpu" else _KEPT_BYTES
+            )
+            for member in members
+        }
         for size, leaves in loader.validation():
             running = [member.id for member in members if member.running]
             for lanes in self._lanes:

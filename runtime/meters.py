@@ -51,19 +51,41 @@ class LossMeter:
 
 
 class EvaluationMeter:
-    """Validation loss and metrics of one model over the whole validation set."""
+    """Validation loss and metrics of one model over the whole validation set.
 
-    def __init__(self, training: TrainingSpec) -> None:
-        self._training = training
+    Args:
+        training: Names the metrics.
+        kept_bytes: Predictions are kept until they are so large, and counted together: on a GPU a
+            metric's dozen small kernels for each model and batch would take longer than the models.
+    """
+
+    def __init__(self, training: TrainingSpec, kept_bytes: int = 0) -> None:
+        self._training, self._most_bytes = training, kept_bytes
+        self._kept: list[tuple[Tensor, Tensor]] = []
         self._loss = LossMeter()
         self._metrics: dict[str, Metric] = {}
 
     def add(self, loss: Tensor, prediction: Tensor | None, target: Tensor, samples: int) -> None:
         """Count one batch."""
         self._loss.add(loss, samples)
+        if not self._training.metrics:
+            return
+        if prediction is None:
+            raise TypeError("metrics need an output that is, or begins with, a tensor")
+        self._kept.append((prediction, target))
+        size = sum(p.numel() * p.element_size() for p, _ in self._kept)
+        if size > self._most_bytes or not isinstance(target, Tensor):
+            self._count()
+
+    def _count(self) -> None:
+        """Hand what is kept to the metrics."""
+        if not self._kept:
+            return
+        prediction, target = self._kept[0]
+        if len(self._kept) > 1:
+            prediction, target = (torch.cat(list(parts)) for parts in zip(*self._kept))
+        self._kept = []
         for name in self._training.metrics:
-            if prediction is None:
-                raise TypeError("metrics need an output that is, or begins with, a tensor")
             if name not in self._metrics:
                 metric = build_metric(name, prediction, target)
                 self._metrics[name] = metric.to(prediction.device)
@@ -71,6 +93,7 @@ class EvaluationMeter:
 
     def values(self) -> dict[str, float]:
         """`val_loss` and `val_<metric>`."""
+        self._count()
         row = {"val_loss": self._loss.mean()}
         for name, metric in self._metrics.items():
             row[f"val_{metric_label(name)}"] = float(metric.compute())
