@@ -29,7 +29,7 @@ from cgo.runtime.operators import Fill, empty, filler
 from cgo.runtime.packing import PackedState, Place, learning_places, plan_packs, release
 from cgo.runtime.state import RandomState
 from cgo.runtime.step import autocast, compute, eval_mode
-from cgo.runtime.tape import Taped
+from cgo.runtime.taped import Taped
 from cgo.runtime.tuning import Chooser
 from cgo.runtime.updates import Updates
 

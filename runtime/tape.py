@@ -6,13 +6,11 @@ same at every step, as shapes do not change. So one step is watched below autogr
 what it called, in order and with the same arguments, is the step. TorchScript's interpreter, which
 is part of torch, replays it without Python and without autograd.
 
-A tape is not trusted before it has given, at another step than the one it was recorded from, the
-same bits as that step run plainly.
+`cgo.runtime.taped` decides when a step is replayed.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,8 +24,6 @@ from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cgo.errors import CgoError
-
-log = logging.getLogger(__name__)
 
 #: Gives a step's values, in order, from what it reads, in order.
 Replay = Callable[..., Sequence[Tensor]]
@@ -271,129 +267,6 @@ def _refuse(func: OpOverload, args: Any, kwargs: Any) -> None:
     random = torch.Tag.nondeterministic_seeded in tags
     if random and not any(isinstance(item, torch.Generator) for item in tree_iter((args, kwargs))):
         raise TapeError(f"{func}: draws from the process's random stream")
-
-
-class Taped:
-    """A step that is run plainly, then recorded, then checked, then replayed.
-
-    Args:
-        step: Called with a list of tensors; gives the tensors that the step is for. What it reads
-            beside its inputs is the same tensor at every step.
-        buffers: What it writes in place.
-        wanted: Whether it is to be recorded at all; preparing takes the time of some ten steps.
-        compiled: Makes another form of a tape and its replay, called with one step's inputs; None
-            of it where the replay is to be kept.
-
-    Attributes:
-        reason: Why it is not replayed; empty while it may be.
-    """
-
-    def __init__(
-        self,
-        step: Callable[..., Sequence[Tensor]],
-        buffers: Sequence[Tensor],
-        *,
-        wanted: bool,
-        compiled: Callable[[Tape, Replay, Sequence[Tensor]], Replay | None] | None = None,
-    ) -> None:
-        self._step, self._buffers, self._compiled = step, list(buffers), compiled
-        self._runs = 0
-        self._tape: Tape | None = None  # recorded, not yet checked
-        self._replay: Replay | None = None  # trusted
-        self.reason = "" if wanted else "too few steps are planned"
-
-    @property
-    def settled(self) -> bool:
-        """Whether the step was run, and will not change its form any more."""
-        return self._replay is not None or bool(self.reason and self._runs)
-
-    @property
-    def replaying(self) -> bool:
-        """Whether the next step is a replay."""
-        return self._replay is not None
-
-    def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Run the step."""
-        if self._replay is not None:
-            return self._replay(*inputs)
-        self._runs += 1
-        if self.reason or self._runs == 1:  # the first allocates memory and chooses kernels
-            return self._step(*inputs)
-        return self._recorded(inputs) if self._tape is None else self._checked(inputs)
-
-    def _recorded(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        before = _clones(self._buffers)
-        try:
-            results, self._tape = record(self._step, inputs)
-            return results
-        except TapeError as error:
-            self._give_up(str(error))
-            _restore(self._buffers, before)
-            return self._step(*inputs)
-
-    def _checked(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The step run plainly, and then by its tape from the same state; they must agree."""
-        assert self._tape is not None
-        tape, self._tape = self._tape, None
-        before = _clones(self._buffers)
-        results = list(self._step(*inputs))
-        after = _clones(self._buffers)
-        try:
-            self._replay = self._trusted(tape, inputs, before, [*results, *after])
-        except TapeError as error:
-            self._give_up(str(error))
-        _restore(self._buffers, after)
-        return results
-
-    def _trusted(
-        self,
-        tape: Tape,
-        inputs: Sequence[Tensor],
-        before: Sequence[Tensor],
-        expected: Sequence[Tensor],
-    ) -> Replay:
-        replay = compile_tape(tape)
-        _restore(self._buffers, before)
-        try:
-            found = [*replay(*inputs), *self._buffers]
-        except RuntimeError as error:
-            raise TapeError(f"the replay failed: {error}") from error
-        if not _agree(expected, found):
-            raise TapeError("the replay does not give the same bits")
-        if self._compiled is None:
-            return replay
-        _restore(self._buffers, before)
-        return self._compiled(tape, replay, inputs) or replay
-
-    def _give_up(self, reason: str) -> None:
-        log.info("a step is not replayed: %s", reason)
-        self.reason = reason
-
-
-def _clones(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.clone() for tensor in tensors]
-
-
-def _restore(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    if tensors:
-        torch._foreach_copy_(list(tensors), list(values))
-
-
-#: Relative differences that two runs of one kernel may have on a GPU, where sums have no order.
-_CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3}
-
-
-def _agree(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
-    """Whether tensors are equal, NaN to NaN; to the bit on a CPU."""
-    return len(left) == len(right) and all(map(_equal, left, right))
-
-
-def _equal(left: Tensor, right: Tensor) -> bool:
-    if left.shape != right.shape:
-        return False
-    close = 0.0 if left.device.type == "cpu" else _CLOSE.get(left.dtype, 0.05)
-    scale = float(left.abs().nan_to_num().max()) if close and left.numel() else 0.0
-    return torch.allclose(left, right, rtol=close, atol=close * scale, equal_nan=True)
 
 
 # --- rewrites -------------------------------------------------------------------------------------

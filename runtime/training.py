@@ -52,6 +52,7 @@ def train(
         TrialError: the checkpoint in the folder cannot be read.
     """
     given = [device] if isinstance(device, torch.device) else list(device or _all_devices())
+    given = [torch.device(d.type, d.index or 0) if d.type == "cuda" else d for d in given]
     data.check_files()
     trial = _Trial(data, folder, report, observer, given)
     trial.run()

@@ -1,7 +1,10 @@
 """The same equivalence on a CUDA device; skipped aloud where there is none."""
 
+import math
+
 import oracle
 import pytest
+import torch
 from support import data, nets
 from support.merged import Case, relative
 
@@ -11,9 +14,13 @@ from cgo.runtime.training import train
 pytestmark = pytest.mark.gpu
 
 
-def run(cases, folder, device):
+CAPTURED = {"measure": False, "capture": True}
+
+
+def run(cases, folder, device, tuning=CAPTURED, events=None):
     """Losses and final metrics of a merged trial on the device."""
     losses = {}
+    heard = [] if events is None else events
 
     class Losses:
         def on_loss(self, model, step, loss):
@@ -22,20 +29,29 @@ def run(cases, folder, device):
         def on_gradients(self, model, step, gradients):
             pass
 
-    plan = Planner().plan([case.model() for case in cases], folder)
-    metrics = train(plan.graph_data, folder, lambda event: None, observer=Losses(), device=device)
+    plan = Planner().plan([case.model() for case in cases], folder, {"tuning": tuning})
+    metrics = train(plan.graph_data, folder, heard.append, observer=Losses(), device=device)
     return losses, metrics
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "Adam", "AdamW", "RMSprop"])
-def test_float64_losses_on_cuda_equal_the_plain_loop(cuda, optimizer, tmp_path):
+def told(events, what):
+    return [e.value for e in events if e.kind == "trial" and e.value["what"] == what]
+
+
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad"])
+def test_float64_losses_on_cuda_equal_the_plain_loop(cuda, optimizer, capture, tmp_path):
     training = {"optimizer": optimizer, "optimizer_kwargs": {"lr": 0.003}, "epochs": 20}
     families = ("mlp", "cnn", "residual", "cells", "encoder", "lstm", "tied")
     cases = [
         Case(f, f, seed=n, training={**training, "precision": "float64"})
         for n, f in enumerate(families)
     ]
-    losses, metrics = run(cases, tmp_path, cuda)
+    events = []
+    tuning = {"measure": False, "capture": capture, "tape": capture}
+    losses, metrics = run(cases, tmp_path, cuda, tuning, events)
+    assert bool(told(events, "captured")) is capture
+    assert not told(events, "eager")
     moved = tuple(tuple(part.to(cuda) for part in split) for split in data.arrays())
     for case in cases:
         factory = getattr(nets, case.factory)
@@ -62,3 +78,75 @@ def test_random_streams_on_cuda_do_not_depend_on_company(cuda, tmp_path):
         alone, _ = run([case], tmp_path / case.id, cuda)
         assert alone[case.id] == pytest.approx(together[case.id], rel=1e-5)
         assert len(alone[case.id]) == 10
+
+
+def test_replays_are_deterministic(cuda, tmp_path):
+    """With deterministic algorithms, the same trial gives the same bits, dropout included."""
+    cases = [Case(f"m{n}", family, {"dropout": 0.2}, seed=n, training={"epochs": 8})
+             for n, family in enumerate(("mlp", "cnn", "residual"))]  # fmt: skip
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        first, _ = run(cases, tmp_path / "first", cuda)
+        second, _ = run(cases, tmp_path / "second", cuda)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert first == second
+
+
+def test_a_lane_that_becomes_nan_changes_no_bit_of_its_neighbours(cuda, tmp_path):
+    def company(name, lr):
+        given = {"epochs": 4, "optimizer_kwargs": {"lr": lr}}
+        cases = [Case("good", "cnn", seed=1, training={"epochs": 4}),
+                 Case("bad", "cnn", seed=2, training=given)]  # fmt: skip
+        return run(cases, tmp_path / name, cuda)[0]
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        whole, broken = company("whole", 0.01), company("broken", 1e30)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not all(map(math.isfinite, broken["bad"]))
+    assert broken["good"][: len(broken["bad"])] == whole["good"][: len(broken["bad"])]
+
+
+def test_an_epoch_of_replays_does_not_synchronise(cuda, tmp_path):
+    """`torch.cuda.set_sync_debug_mode` raises at whatever waits for the device."""
+    from cgo.runtime.cohort import Cohort
+
+    plain, epochs = Cohort._train, []
+
+    def watched(self, loader, epoch, members):
+        torch.cuda.set_sync_debug_mode("error" if epoch > 2 else "default")
+        try:
+            plain(self, loader, epoch, members)
+            epochs.append(epoch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    cases = [Case("a", "mlp", {"dropout": 0.2}, training={"epochs": 5}),
+             Case("b", "cnn", training={"epochs": 5})]  # fmt: skip
+    plan = Planner().plan([case.model() for case in cases], tmp_path, {"tuning": CAPTURED})
+    Cohort._train = watched
+    try:
+        metrics = train(plan.graph_data, tmp_path, lambda event: None, device=cuda)
+    finally:
+        Cohort._train = plain
+    assert epochs == list(range(5))
+    assert set(metrics) == {"a", "b"}
+
+
+def test_out_of_memory_divides_the_models(cuda, tmp_path):
+    cases = [Case(f"m{n}", "mlp", {"width": 4096}, seed=n, training={"epochs": 2})
+             for n in range(8)]  # fmt: skip
+    whole, _ = run(cases, tmp_path / "whole", cuda)
+    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info(cuda)[1]
+    peak = torch.cuda.max_memory_allocated(cuda)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, 0.75 * peak / total), cuda)
+    events = []
+    try:
+        short, _ = run(cases, tmp_path / "short", cuda, events=events)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, cuda)
+    for model, losses in whole.items():
+        assert short[model] == pytest.approx(losses, rel=1e-4)
