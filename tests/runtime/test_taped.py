@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from cgo.runtime.tape import Tape
 from cgo.runtime.taped import Taped
 
 
