@@ -61,8 +61,11 @@ class Accelerator(Protocol):
     def side_by_side(self, branches: Sequence[Callable[[], None]]) -> None:
         """Run branches that do not depend on each other; returns with all of them ordered."""
 
+    def begin(self) -> None:
+        """What runs `beside` from now on follows what is ordered until now, and nothing later."""
+
     def beside(self, index: int) -> contextlib.AbstractContextManager[None]:
-        """Run a block on a side stream, from what is there now; `join` waits for all of them."""
+        """Run a block on a side stream; `join` waits for all of them."""
 
     def join(self) -> None:
         """Let what follows wait for the side streams."""
@@ -129,6 +132,9 @@ class Host:
         for branch in branches:
             branch()
 
+    def begin(self) -> None:
+        """Nothing runs beside."""
+
     def beside(self, index: int) -> contextlib.AbstractContextManager[None]:
         """Where everything else runs, too."""
         return contextlib.nullcontext()
@@ -167,6 +173,7 @@ class Cuda:
         self._capture_stream: Any = None
         self._sides: list[Any] = []
         self._used: set[int] = set()  # side streams that nobody has waited for
+        self._begun: Any = None  # what they follow
 
     def capture(
         self, body: Callable[[], Sequence[Tensor]], generators: Sequence[torch.Generator] = ()
@@ -223,13 +230,19 @@ class Cuda:
         for side in sides:
             main.wait_stream(side)
 
+    def begin(self) -> None:
+        """See `Accelerator`."""
+        if self._begun is None:
+            self._begun = torch.cuda.Event()
+        self._begun.record(torch.cuda.current_stream(self.device))
+
     @contextlib.contextmanager
     def beside(self, index: int) -> Iterator[None]:
         """See `Accelerator`."""
         chosen = index % SIDE_STREAMS
         side = self._streams()[chosen]
         if chosen not in self._used:
-            side.wait_stream(torch.cuda.current_stream(self.device))
+            side.wait_event(self._begun)
             self._used.add(chosen)
         with torch.cuda.stream(side):
             yield

@@ -55,6 +55,7 @@ class CapturedLanes:
         lanes: What is captured.
         accelerator: How.
         tell: Hears what was captured or refused, as JSON values.
+        gradients: Keep them, so that `hand_out` gives them after each step.
     """
 
     def __init__(
@@ -62,8 +63,11 @@ class CapturedLanes:
         lanes: MergedLanes,
         accelerator: Accelerator,
         tell: Callable[..., None] = lambda what, **figures: None,
+        *,
+        gradients: bool = False,
     ) -> None:
         self.lanes, self._accelerator, self._tell = lanes, accelerator, tell
+        self._gradients = gradients
         self._models: tuple[ModelId, ...] = ()
         self._packing: object = None
         self._training: dict[_Key, _Training] = {}
@@ -170,16 +174,18 @@ class CapturedLanes:
         batch = {name: leaf.clone() for name, leaf in leaves.items()}
         sums = torch.zeros(len(models), dtype=torch.float64, device=self.lanes.device)
         learning: list[Tensor] = []
+        kept = self._gradients or not all(map(updates.covers, models))
 
         def body() -> list[Tensor]:
             losses = self.lanes.whole_step(bounds, batch)
-            learning[:] = self.lanes.with_gradient(models)
+            learning[:] = self.lanes.with_gradient(models) if kept else []
             updates.apply()
             stacked = torch.stack([losses[model].detach() for model in models])
             sums.add_(stacked.double(), alpha=key[1])
             return [stacked, *(leaf.grad for leaf in learning if leaf.grad is not None)]
 
         captured = self._captured(key, body, bounds)
+        self.lanes.forget_gradients(models)
         if captured is None:
             return None
         losses, *gradients = captured.results

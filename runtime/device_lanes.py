@@ -62,7 +62,8 @@ class DeviceLanes:
         on_device = {content: value.to(device) for content, value in constants.items()}
         self.merged = MergedLanes(graph, merged, on_device, device, choose, tell)
         self._accelerator = accelerator_for(device)
-        self._captured = CapturedLanes(self.merged, self._accelerator, tell)
+        shown = observer is not None
+        self._captured = CapturedLanes(self.merged, self._accelerator, tell, gradients=shown)
         self._opaque = {m.id: OpaqueLane(m) for m in members if m.entry.opaque is not None}
         self._observer = observer
 
@@ -80,6 +81,7 @@ class DeviceLanes:
         merged, opaque = self._divided(models)
         leaves = self._here(leaves)
         failures: dict[ModelId, Exception] = {}
+        self._accelerator.begin()
         replayed = bool(merged) and self._captured.train(merged, leaves, size)
         if replayed and self._observer is not None:
             self._show_replayed(merged, size, step)
@@ -166,6 +168,7 @@ class DeviceLanes:
         merged, opaque = self._divided(models)
         leaves = self._here(leaves)
         outcomes: dict[ModelId, Outcome] = {}
+        self._accelerator.begin()
         if merged:
             found = self._captured.evaluate(merged, leaves, size)
             outcomes |= self.merged.evaluate(merged, leaves, size) if found is None else found

@@ -175,15 +175,18 @@ class MergedLanes:
     def whole_step(self, bounds: Sequence[Bound], leaves: Leaves) -> dict[ModelId, Tensor]:
         """Losses of programs whose gradients and buffers are written; raises what they raise."""
         drawn = [bound.draw() for bound in bounds]
-        self._packed.zero_grad()
-        for bound in bounds:
-            for model in bound.models:
-                self.members[model].updater.zero_grad()
+        self.forget_gradients([model for bound in bounds for model in bound.models])
         found: dict[ModelId, Tensor] = {}
         for bound, numbers in zip(bounds, drawn):
             results = self._train(bound, leaves, numbers, undo=False)
             found |= {model: result.loss for model, result in results.items()}
         return found
+
+    def forget_gradients(self, models: Sequence[ModelId]) -> None:
+        """Let go of the last step's gradients."""
+        self._packed.zero_grad()
+        for model in models:
+            self.members[model].updater.zero_grad()
 
     def with_gradient(self, models: Sequence[ModelId]) -> list[Tensor]:
         """Packed leaves, and parameters in no pack, that have a gradient now."""

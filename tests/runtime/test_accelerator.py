@@ -1,0 +1,134 @@
+"""The seam to a device: the CPU's side of it here, CUDA's where there is one."""
+
+import weakref
+
+import pytest
+import torch
+
+from cgo.runtime.accelerator import (
+    CaptureRefused,
+    accelerator_for,
+    captured_seconds,
+    is_out_of_memory,
+    without_frames,
+)
+
+CPU = torch.device("cpu")
+
+
+def too_much():
+    torch.empty(2**50)
+
+
+def test_an_allocation_that_fails_is_told_from_other_errors():
+    with pytest.raises(RuntimeError) as raised:
+        too_much()
+    assert is_out_of_memory(raised.value)
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+def test_an_error_lets_go_of_what_its_frames_hold():
+    seen = []
+
+    def fails():
+        held = torch.ones(3)
+        seen.append(weakref.ref(held))
+        raise ValueError("as planned")
+
+    try:
+        fails()
+    except ValueError as error:
+        kept = without_frames(error)
+    assert seen[0]() is None
+    assert str(kept) == "as planned"
+
+
+def test_there_is_one_accelerator_for_a_device():
+    assert accelerator_for(CPU) is accelerator_for(torch.device("cpu"))
+
+
+def test_numbers_are_uploaded_in_the_tensors_own_type():
+    into = torch.zeros(2, dtype=torch.float64)
+    accelerator_for(CPU).upload([0.1, 0.2], into)
+    assert into.tolist() == [0.1, 0.2]
+
+
+def test_captured_forms_are_timed_on_what_they_write():
+    count = torch.zeros(())
+    assert captured_seconds(accelerator_for(CPU), lambda x: [x + count.add_(1)], [count + 1]) > 0
+    assert float(count) == 5  # five rounds; capturing itself has left no trace
+
+
+def test_draws_from_a_stream_of_ones_own_are_captured_others_refused():
+    generator = torch.Generator().manual_seed(0)
+    host = accelerator_for(CPU)
+    captured = host.capture(lambda: [torch.empty(3).normal_(generator=generator)], [generator])
+    captured.replay()
+    first = captured.results[0].clone()
+    captured.replay()
+    assert not torch.equal(first, captured.results[0])
+    generator.manual_seed(0)
+    assert torch.equal(first, torch.empty(3).normal_(generator=generator))
+    with pytest.raises(CaptureRefused, match="process's random stream"):
+        host.capture(lambda: [torch.rand(3)])
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_reads_and_writes_where_tensors_lie(cuda):
+    device = torch.device("cuda", 0)
+    accelerator = accelerator_for(device)
+    weights, batch = torch.ones(4, 4, device=device), torch.ones(8, 4, device=device)
+    rate = torch.zeros(1, device=device)
+    generator = torch.Generator(device).manual_seed(3)
+
+    def body():
+        noise = torch.empty(8, 4, device=device).normal_(generator=generator)
+        weights.add_(rate)
+        return [batch @ weights, noise]
+
+    accelerator.capture(lambda: [batch @ weights])  # chooses kernels
+    captured = accelerator.capture(body, [generator])
+    assert torch.equal(weights, torch.ones_like(weights))
+    accelerator.upload([2.0], rate)
+    seen = []
+    for _ in range(2):
+        captured.replay()
+        seen.append([result.clone() for result in captured.results])
+    assert seen[0][0].unique().tolist() == [12.0]
+    assert seen[1][0].unique().tolist() == [20.0]
+    plain = torch.Generator(device).manual_seed(3)
+    for _, noise in seen:
+        assert torch.equal(noise, torch.empty(8, 4, device=device).normal_(generator=plain))
+    assert accelerator.seconds(captured.replay) > 0
+
+
+@pytest.mark.gpu
+def test_who_synchronises_is_refused_by_cuda_and_later_captures_work(cuda):
+    device = torch.device("cuda", 0)
+    accelerator = accelerator_for(device)
+    values = torch.ones(3, device=device)
+    with pytest.raises(CaptureRefused, match="cannot be captured"):
+        accelerator.capture(lambda: [values * float(values.sum())])
+    captured = accelerator.capture(lambda: [values * 2])
+    captured.replay()
+    assert captured.results[0].tolist() == [2.0, 2.0, 2.0]
+
+
+@pytest.mark.gpu
+def test_what_runs_beside_is_waited_for(cuda):
+    device = torch.device("cuda", 0)
+    accelerator = accelerator_for(device)
+    values = torch.rand(2048, 2048, device=device)
+    accelerator.begin()
+    with accelerator.beside(0):
+        found = values
+        for _ in range(20):
+            found = (found @ values).tanh()
+    accelerator.join()
+    expected = values
+    for _ in range(20):
+        expected = (expected @ values).tanh()
+    torch.testing.assert_close(found, expected)
+    assert accelerator.free_bytes() > 0
+    assert accelerator.peak_bytes() > 0
