@@ -33,6 +33,8 @@ class Tuning:
             steps are planned.
         compile: Compile that record with Inductor. None: where the planned steps are expected to
             repay it; either way it is kept only where it is faster.
+        tf32: Whether CUDA may compute float32 products and convolutions in TF32, with a mantissa
+            of 10 bits, while the trial trains. None: as torch is set, which is convolutions only.
 
     Raises:
         SpecError: a value makes no sense.
@@ -51,6 +53,7 @@ class Tuning:
     width: int | None = None
     tape: bool | None = None
     compile: bool | None = None
+    tf32: bool | None = None
 
     def __post_init__(self) -> None:
         if self.most_s < 0 or not 0 <= self.share <= 1:

@@ -1,13 +1,12 @@
 """How the models of one loader compute their losses: merged, or each by its own module.
 
-Both kinds have the same two methods. `train` computes losses and gradients, `evaluate` losses and
-predictions; both return a result or an exception for each model, so that a model that fails leaves
-its neighbours' numbers as they are.
+Both kinds (`cgo.runtime.opaque` has the other) have the same methods. `train` computes losses and
+gradients, `evaluate` losses and predictions; both return a result or an exception for each model,
+so that a model that fails leaves its neighbours' numbers as they are. `update` takes the step.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,17 +16,15 @@ from torch import Tensor
 
 from cgo.errors import DataError
 from cgo.graph import Graph, ModelId, Node, Output, homes, restrict
-from cgo.model import loss_function
 from cgo.runtime.builder import Result as LoweredResult
 from cgo.runtime.builder import Source
 from cgo.runtime.choice import Choice, rules_for
-from cgo.runtime.data import Leaves, preserved_random_state
+from cgo.runtime.data import Leaves
 from cgo.runtime.lower import Lowered, lower
 from cgo.runtime.member import Member
 from cgo.runtime.operators import Fill, empty, filler
 from cgo.runtime.packing import PackedState, Place, learning_places, plan_packs, release
-from cgo.runtime.state import RandomState
-from cgo.runtime.step import autocast, compute, eval_mode
+from cgo.runtime.scaling import Scaling, seeds
 from cgo.runtime.tape import Taped
 from cgo.runtime.tuning import Chooser
 from cgo.runtime.updates import Updates
@@ -65,6 +62,7 @@ class MergedLanes:
         self._packed_for: tuple[ModelId, ...] = ()
         self._packed = PackedState((), self.members)
         self._updates: Updates | None = None  # None: each model's own optimizer takes the step
+        self._scaling = Scaling.of({member.id: member.scale for member in members})
         self._programs: dict[tuple[str, tuple[ModelId, ...], bool], _Bound] = {}
 
     def train(self, models: Sequence[ModelId], leaves: Leaves, size: int) -> dict[ModelId, Outcome]:
@@ -87,6 +85,7 @@ class MergedLanes:
             if len(models) == 1:
                 return {models[0]: error}
             return self._train_apart(models, leaves, size, drawn)
+        self._unscale(models)
         if self._updates is None:
             updaters = {model: self.members[model].updater for model in models}
             self._updates = Updates(updaters, self._packed.learning)
@@ -120,7 +119,18 @@ class MergedLanes:
             except Exception as error:
                 bound.restore()
                 outcomes[model] = error
+        self._unscale([model for model in models if isinstance(outcomes[model], Result)])
         return outcomes
+
+    def _unscale(self, models: Sequence[ModelId]) -> None:
+        """Make the gradients of models that scale their losses what they are without."""
+        if self._scaling is None:
+            return
+        own = {
+            model: [p.grad for p in self.members[model].updater.parameters if p.grad is not None]
+            for model in models
+        }
+        self._scaling.unscale(self._packed.gradients(), own)
 
     def hand_out_gradients(self) -> None:
         """Make each parameter's gradient of this step readable as its `.grad`."""
@@ -134,7 +144,7 @@ class MergedLanes:
         """
         without = frozenset(model for model in models if self.members[model].diverged)
         if self._updates is not None and set(models) == set(self._packed_for):
-            self._updates.step(without)
+            self._updates.step(without, self._scaling)
             rest = [model for model in models if not self._updates.covers(model)]
         else:
             self.hand_out_gradients()
@@ -147,9 +157,11 @@ class MergedLanes:
             if model in without:
                 continue
             try:
-                self.members[model].updater.step()
+                self.members[model].step()
             except Exception as error:
                 failures[model] = error
+        if self._scaling is not None:
+            self._scaling.update(models)
         return failures
 
     def evaluate(
@@ -216,10 +228,8 @@ class MergedLanes:
             lowered = lower(part, program, self._device, state.packs, ways=ways)
             chosen = self._chosen if packed else Choice(graph, ())
             where = f"{program}/{','.join(models)}"
-            bound = _Bound(
-                lowered, self.members, self._constants, state, self._learning, chosen, where
-            )
-            self._programs[key] = bound
+            given = lowered, self.members, self._constants, state, self._learning, chosen, where
+            bound = self._programs[key] = _Bound(*given, scaling=self._scaling)
         return bound
 
     def forget(self, model: ModelId) -> None:
@@ -243,6 +253,7 @@ class _Bound:
         learning: frozenset[Place],
         chosen: Choice,
         name: str,
+        scaling: Scaling | None,
     ) -> None:
         self.lowered = lowered
         self._members, self._packed = members, packed
@@ -274,6 +285,7 @@ class _Bound:
             if result.outputs[0].role == "loss"
         ]
         self._plan_updates()
+        self._plan_seeds(scaling)
         self._learning = [
             position
             for position, value in enumerate(self._values)
@@ -308,6 +320,15 @@ class _Bound:
         targets = {id(target): target for target in [t for _, t in self._updates] + written}
         self._buffers = list(targets.values())
         self._before = [torch.empty_like(buffer) for buffer in self._buffers]
+
+    def _plan_seeds(self, scaling: Scaling | None) -> None:
+        """Which losses are scaled by what; scales are read anew at every step."""
+        self._scale: Tensor | None = None
+        self._lanes: dict[int, Tensor] = {}
+        for position, result in self.losses:
+            models = [output.model for output in result.outputs]
+            if scaling is not None and scaling.covers(models):
+                self._scale, self._lanes[position] = scaling.scale, scaling.lanes(models)
 
     def _buffer(self, output: Output, packed: bool) -> Tensor:
         """Where an updated buffer lies: in its pack, or its model's own tensor."""
@@ -347,11 +368,19 @@ class _Bound:
         earlier = {i: values[i].grad for i in self._learning if values[i].grad is not None}
         for position in earlier:
             values[position].grad = None
-        results = self.lowered(values)
-        losses = [results[position] for position, _ in self.losses]
-        learning = [loss for loss in losses if loss.requires_grad]
+        results = self.lowered(values[: len(self._values)])
+        learning = [p for p, _ in self.losses if results[p].requires_grad]
         if learning:  # gradients of the sum of losses, without computing the sum
-            torch.autograd.backward(learning, [torch.ones_like(loss) for loss in learning])
+            scale = values[-1]  # where one of the losses is scaled
+            torch.autograd.backward(
+                [results[position] for position in learning],
+                [
+                    seeds(scale, self._lanes[position], results[position])
+                    if position in self._lanes
+                    else torch.ones_like(results[position])
+                    for position in learning
+                ],
+            )
         self._with_gradient = [i for i in self._learning if values[i].grad is not None]
         gradients = [values[i].grad for i in self._with_gradient]
         for position, gradient in earlier.items():
@@ -379,7 +408,8 @@ class _Bound:
             values[position] = parameter.detach()
         if self._buffers:
             torch._foreach_copy_(self._before, self._buffers)
-        return values  # type: ignore[return-value]
+        scale = [] if self._scale is None else [self._scale]
+        return [*values, *scale]  # type: ignore[list-item]
 
     def commit(self, results: Sequence[Tensor]) -> None:
         """Write the buffers' new values."""
@@ -413,58 +443,3 @@ def _unexpected(leaves: Leaves, name: str, dtype: torch.dtype, shape: torch.Size
         f"the batch's {name} is {leaves[name].dtype} {list(leaves[name].shape)}; the first "
         f"batch's was {dtype} {list(shape)}"
     )
-
-
-class OpaqueLane:
-    """A model that was not captured: its own module is called, on its own copy of the batch."""
-
-    def __init__(self, member: Member) -> None:
-        assert member.state.module is not None
-        self.member = member
-        self._module = member.state.module
-        self._training = member.entry.training
-        self._loss = loss_function(self._training.loss)
-
-    def train(self, leaves: Leaves) -> Outcome:
-        """The loss, after its backward."""
-        try:
-            result = self._compute(leaves)
-            if result.loss.requires_grad:
-                result.loss.backward()
-            return result
-        except Exception as error:
-            return error
-
-    def evaluate(self, leaves: Leaves) -> Outcome:
-        """The loss and the prediction in evaluation mode."""
-        try:
-            with eval_mode(self._module), torch.no_grad():
-                return self._compute(leaves)
-        except Exception as error:
-            return error
-
-    def _compute(self, leaves: Leaves) -> Result:
-        own = {name: leaf.clone() for name, leaf in leaves.items()}
-        state = self.member.state
-        with preserved_random_state(), self._device_stream():
-            state.random.enter()
-            with autocast(self._training, state.device):
-                double = self._training.precision == "float64"
-                loss, prediction = compute(self._module, self._loss, own, double=double)
-            state.random = RandomState.current()
-        return Result(loss, prediction if isinstance(prediction, Tensor) else None)
-
-    @contextlib.contextmanager
-    def _device_stream(self) -> Iterator[None]:
-        """On CUDA, let the module draw from its model's own stream instead of the process's."""
-        device, generator = self.member.state.device, self.member.state.generator
-        if device.type != "cuda":
-            yield
-            return
-        before = torch.cuda.get_rng_state(device)
-        torch.cuda.set_rng_state(generator.get_state(), device)
-        try:
-            yield
-        finally:
-            generator.set_state(torch.cuda.get_rng_state(device))
-            torch.cuda.set_rng_state(before, device)

@@ -204,10 +204,10 @@ def _adam(flat: Flat) -> None:
         square = torch.maximum(
             flat.moments["max_exp_avg_sq"], square, out=flat.moments["max_exp_avg_sq"]
         )
-    root = [(1 - beta**count) ** 0.5 for beta, count in zip(second, flat.steps)]
-    size = [-r / (1 - beta**count) for r, beta, count in zip(rates, first, flat.steps)]
-    under = square.sqrt().div_(flat.number("root", root)).add_(flat.hyper("eps"))
-    _add_quotient(flat.values, mean, under, flat.number("size", size))
+    root = flat.counted("root", lambda count, beta: (1 - beta**count) ** 0.5, second)
+    size = flat.counted("size", lambda count, r, beta: -r / (1 - beta**count), rates, first)
+    under = square.sqrt().div_(root).add_(flat.hyper("eps"))
+    _add_quotient(flat.values, mean, under, size)
 
 
 def _rmsprop(flat: Flat) -> None:
@@ -232,13 +232,11 @@ def _rmsprop(flat: Flat) -> None:
 def _adagrad(flat: Flat) -> None:
     if flat.kind.flags[0]:
         _add(flat.gradient, flat.values, flat.hyper("weight_decay"))
-    rates = [
-        -float(group["lr"]) / (1 + (count - 1) * float(group["lr_decay"]))
-        for group, count in zip(flat.groups, flat.steps)
-    ]
+    lr, decay = ([float(group[name]) for group in flat.groups] for name in ("lr", "lr_decay"))
+    rate = flat.counted("rate", lambda count, r, d: -r / (1 + (count - 1) * d), lr, decay)
     total = flat.moments["sum"].addcmul_(flat.gradient, flat.gradient)
     under = total.sqrt().add_(flat.hyper("eps"))
-    _add_quotient(flat.values, flat.gradient, under, flat.number("rate", rates))
+    _add_quotient(flat.values, flat.gradient, under, rate)
 
 
 def _add(x: Tensor, y: Tensor, factor: Number) -> Tensor:

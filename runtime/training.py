@@ -18,9 +18,11 @@ from cgo.graph import ModelId
 from cgo.graph_data import GraphData, ModelEntry
 from cgo.runtime import checkpoint
 from cgo.runtime.data import Leaves, Loader, open_data, target_of
-from cgo.runtime.lanes import MergedLanes, OpaqueLane, Outcome, Result
+from cgo.runtime.lanes import MergedLanes, Outcome, Result
 from cgo.runtime.member import Member, Report
 from cgo.runtime.meters import EvaluationMeter
+from cgo.runtime.opaque import OpaqueLane
+from cgo.runtime.precision import tf32
 from cgo.runtime.tuning import Record, Tuner, make_tuner
 from cgo.tuning import Tuning
 
@@ -69,8 +71,10 @@ def train(
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data.check_files()
-    trial = _Trial(data, folder, report, observer, device)
-    trial.run()
+    tuning = Tuning.from_json(data.experiment.get("tuning", {}))
+    with tf32(tuning.tf32):
+        trial = _Trial(data, folder, report, observer, device, tuning)
+        trial.run()
     return trial.metrics()
 
 
@@ -82,6 +86,7 @@ class _Trial:
         report: Report,
         observer: Observer | None,
         device: torch.device,
+        tuning: Tuning,
     ) -> None:
         started = time.perf_counter()
         self.data, self.folder, self.report, self.device = data, folder, report, device
@@ -92,13 +97,14 @@ class _Trial:
                 self.members[entry.id] = member
         self._resume()
         constants = self._constants()
-        choose = self._tuner()
+        choose = self._tuner(tuning)
         self.cohorts = [
             Cohort(data, key, members, constants, device, observer, choose)
             for key, members in self._by_data().items()
         ]
         seconds = time.perf_counter() - started
-        self._tell("lowered", models=len(self.members), loaders=len(self.cohorts), seconds=seconds)
+        figures = {"models": len(self.members), "loaders": len(self.cohorts), "seconds": seconds}
+        self._tell("lowered", **figures, tf32=tuning.tf32)
 
     def _member(self, entry: ModelEntry) -> Member | None:
         try:
@@ -114,8 +120,7 @@ class _Trial:
             if id_ in records:
                 member.load(records[id_])
 
-    def _tuner(self) -> Tuner:
-        tuning = Tuning.from_json(self.data.experiment.get("tuning", {}))
+    def _tuner(self, tuning: Tuning) -> Tuner:
         record = Record(self.folder / RECORD, self.device, tuning.record)
         return make_tuner(tuning, self.device, record=record, tell=self._tell)
 
@@ -260,7 +265,7 @@ class Cohort:
         for member in members:
             if member.entry.opaque is not None and not member.diverged:
                 try:
-                    member.updater.step()
+                    self.opaque[member.id].update()
                 except Exception as error:
                     failures[member.id] = error
         for id_, failure in failures.items():

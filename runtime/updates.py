@@ -13,7 +13,7 @@ schedulers work unchanged, and its `state` holds views of the flat moments.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from cgo.graph import ModelId
 from cgo.runtime.optimizers import Updater
 from cgo.runtime.packing import rehome
+from cgo.runtime.scaling import Scaling
 from cgo.runtime.steps import Kind, Number, Part, kind_rule
 
 Leaf = tuple[Tensor, list[Tensor]]  # a packed leaf, and its lanes as the models' own parameters
@@ -49,11 +50,14 @@ class Updates:
         """Whether `step` updates this model."""
         return self._plan.get(model) is not None
 
-    def step(self, without: frozenset[ModelId] = frozenset()) -> None:
+    def step(
+        self, without: frozenset[ModelId] = frozenset(), scaling: Scaling | None = None
+    ) -> None:
         """Clip, update, and step the schedulers that go by steps.
 
         Args:
             without: Models that stay as they are.
+            scaling: Knows of more: those whose scaled gradients have overflowed.
         """
         kinds, hyper = self._plan, self._hyper_parameters()
         if hyper != self._hyper:
@@ -64,7 +68,7 @@ class Updates:
             self._flats = self._arrange()
         with torch.no_grad():
             for flat in self._flats:
-                flat.step(without)
+                flat.step(without, scaling)
         for model, updater in self._updaters.items():
             if self.covers(model):
                 # What schedulers look at to warn of a missing optimizer step.
@@ -161,6 +165,7 @@ class Flat:
             self.values = torch.cat([parameter.reshape(-1) for parameter in parameters])
             self.moments = {name: self._moment(name) for name in kind.moments}
         self.steps = [self._steps_of(updater) for updater in self.updaters]
+        self._counts: Tensor | None = None  # `steps` on the device, where models leave out steps
         self.gradient: Tensor  # of this step, where it goes over flat tensors
         self._order = torch.tensor(self._positions, device=self.values.device)
         self.groups: list[dict[str, Any]] = []
@@ -214,6 +219,8 @@ class Flat:
         """Write the number of steps into the optimizers' own states."""
         if not self.kind.steps:
             return
+        if self._counts is not None:
+            self.steps = [int(count) for count in self._counts.tolist()]
         for index in range(len(self.parameters)):
             count = self.steps[self._positions[index]]
             fused = self.updaters[self._positions[index]].optimizer.param_groups[0].get("fused")
@@ -222,32 +229,56 @@ class Flat:
 
     # --- the step ---------------------------------------------------------------------------------
 
-    def step(self, without: frozenset[ModelId]) -> None:
+    def step(self, without: frozenset[ModelId], scaling: Scaling | None = None) -> None:
         """Clip and update all models but some."""
         gradients = [piece.gradient() for piece in self.pieces]
         self.groups = [updater.optimizer.param_groups[0] for updater in self.updaters]
         gradients = self._clipped(gradients)
-        self.steps = [count + 1 for count in self.steps]
+        if scaling is not None and not scaling.covers(self.models):
+            scaling = None
         if self.kind.fused is not None and self.values.device.type == "cpu":
-            self._fused_step(gradients, without)
+            self._fused_step(gradients, without | (scaling.overflowed() if scaling else set()))
         else:
-            self._flat_step(gradients, without)
+            self._flat_step(gradients, self._staying(without, scaling), counted=scaling is None)
         if self._copies:
             torch._foreach_copy_([lane for lane, _ in self._copies], [p for _, p in self._copies])
 
-    def _flat_step(self, gradients: Sequence[Tensor], without: frozenset[ModelId]) -> None:
+    def _staying(self, without: frozenset[ModelId], scaling: Scaling | None) -> Tensor | None:
+        """Which models stay as they are, if any may; without a look at gradients."""
+        if scaling is None and without.isdisjoint(self.models):
+            return None
+        stays = torch.tensor([m in without for m in self.models], device=self.values.device)
+        return stays if scaling is None else stays | scaling.overflow(self.models)
+
+    def _flat_step(
+        self, gradients: Sequence[Tensor], stays: Tensor | None, *, counted: bool
+    ) -> None:
         self.gradient = torch.cat([rows.flatten() for rows in gradients])
-        before = self.values.clone() if not without.isdisjoint(self.models) else None
+        flats = [self.values, *self.moments.values()] if stays is not None else []
+        before = [flat.clone() for flat in flats]
+        self._count(counted)
         self.kind.rule(self)
-        if before is not None:  # by selection: nothing times NaN is nothing
-            stays = torch.tensor([m in without for m in self.models], device=self.values.device)
-            torch.where(stays[self.elements], before, self.values, out=self.values)
+        for flat, kept in zip(flats, before):  # by selection: nothing times NaN is nothing
+            torch.where(stays[self.elements], kept, flat, out=flat)  # type: ignore[index]
+        if self._counts is not None and stays is not None:
+            self._counts.sub_(stays.to(self._counts.dtype))
+
+    def _count(self, counted: bool) -> None:
+        """One more step; where it may turn out to be none, only the device knows."""
+        if counted and self._counts is None:
+            self.steps = [count + 1 for count in self.steps]
+            return
+        if self._counts is None:
+            device = self.values.device
+            self._counts = torch.tensor(self.steps, dtype=torch.float64, device=device)
+        self._counts.add_(1)
 
     def _fused_step(self, gradients: Sequence[Tensor], without: frozenset[ModelId]) -> None:
         assert self.kind.fused is not None
         # Lane by lane even where all agree: a lane's last elements are computed in another way than
         # the others, and which these are must not depend on its neighbours.
         lanes = [lane for rows in gradients for lane in rows.unbind(0)]
+        self.steps = [n + (m not in without) for n, m in zip(self.steps, self.models)]
         if without.isdisjoint(self.models) and self._agree():
             self.kind.fused(self._part(None, lanes))
             return
@@ -302,6 +333,14 @@ class Flat:
             each = torch.tensor(values, dtype=self.values.dtype, device=self.values.device)
             known = self._vectors[name] = (tuple(values), each[self.elements])
         return known[1]
+
+    def counted(self, name: str, formula: Callable[..., Any], *given: Sequence[float]) -> Number:
+        """A number from the steps that a model has taken, this one included, and other numbers."""
+        if self._counts is None:
+            return self.number(name, [formula(*row) for row in zip(self.steps, *given)])
+        more = {"dtype": self._counts.dtype, "device": self._counts.device}
+        each = formula(self._counts, *(torch.tensor(column, **more) for column in given))
+        return each.to(self.values.dtype)[self.elements]
 
     def beta(self, which: int) -> list[float]:
         """The first or second beta of each model."""
