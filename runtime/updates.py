@@ -338,8 +338,8 @@ class Flat:
         """A number from the steps that a model has taken, this one included, and other numbers."""
         if self._counts is None:
             return self.number(name, [formula(*row) for row in zip(self.steps, *given)])
-        more = {"dtype": self._counts.dtype, "device": self._counts.device}
-        each = formula(self._counts, *(torch.tensor(column, **more) for column in given))
+        columns = [self._counts.new_tensor(column) for column in given]
+        each: Tensor = formula(self._counts, *columns)
         return each.to(self.values.dtype)[self.elements]
 
     def beta(self, which: int) -> list[float]:
