@@ -171,6 +171,7 @@ class Flat:
         self.groups: list[dict[str, Any]] = []
         self._elements: Tensor | None = None  # of each element, its model's position
         self._vectors: dict[str, tuple[tuple[float, ...], Number]] = {}
+        self._columns: dict[str, tuple[tuple[Sequence[float], ...], list[Tensor]]] = {}
         self._norms: Tensor | None = None
         self._copies = self._rehome()
         self._parts: dict[int | None, Part] = {}  # by the model's position; None: of all models
@@ -245,10 +246,11 @@ class Flat:
 
     def _staying(self, without: frozenset[ModelId], scaling: Scaling | None) -> Tensor | None:
         """Which models stay as they are, if any may; without a look at gradients."""
-        if scaling is None and without.isdisjoint(self.models):
-            return None
-        stays = torch.tensor([m in without for m in self.models], device=self.values.device)
-        return stays if scaling is None else stays | scaling.overflow(self.models)
+        stays = None if scaling is None else scaling.overflow(self.models)
+        if without.isdisjoint(self.models):
+            return stays
+        left = torch.tensor([m in without for m in self.models], device=self.values.device)
+        return left if stays is None else stays | left
 
     def _flat_step(
         self, gradients: Sequence[Tensor], stays: Tensor | None, *, counted: bool
@@ -338,8 +340,11 @@ class Flat:
         """A number from the steps that a model has taken, this one included, and other numbers."""
         if self._counts is None:
             return self.number(name, [formula(*row) for row in zip(self.steps, *given)])
-        columns = [self._counts.new_tensor(column) for column in given]
-        each: Tensor = formula(self._counts, *columns)
+        known = self._columns.get(name)
+        if known is None or known[0] != given:
+            known = given, [self._counts.new_tensor(column) for column in given]
+            self._columns[name] = known
+        each: Tensor = formula(self._counts, *known[1])
         return each.to(self.values.dtype)[self.elements]
 
     def beta(self, which: int) -> list[float]:
