@@ -136,7 +136,10 @@ class TrainingSpec:
         epochs: Passes over the training data.
         grad_clip_norm: Maximum 2-norm of this model's own gradients, or None.
         precision: "float32", "float64" (module, floating inputs and targets cast), "bfloat16"
-            (autocast).
+            (autocast) or "float16" (autocast, with the model's own dynamic loss scale: that of
+            `torch.amp.GradScaler`, which leaves out steps whose gradients overflow).
+        loss_scale: The scale that float16 starts with; None is GradScaler's own, 65536.
+        loss_scale_growth_interval: Steps without overflow after which the scale doubles.
         stop_on_nan: End the model, as failed, after the epoch in which its training loss became
             NaN or infinite.
 
@@ -153,7 +156,9 @@ class TrainingSpec:
     scheduler_interval: Literal["epoch", "step"] = "epoch"
     epochs: int = Field(default=1, ge=1)
     grad_clip_norm: float | None = Field(default=None, gt=0)
-    precision: Literal["float32", "float64", "bfloat16"] = "float32"
+    precision: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
+    loss_scale: float | None = Field(default=None, gt=0, le=2.0**127)  # float32's largest power
+    loss_scale_growth_interval: int = Field(default=2000, ge=1, lt=2**31)
     metric_mode: Literal["max", "min"] | None = None
     stop_on_nan: bool = True
 
@@ -187,6 +192,19 @@ class TrainingSpec:
         elif self.scheduler_kwargs:
             raise ValueError("scheduler_kwargs: given without a scheduler")
         return self
+
+    @model_validator(mode="after")
+    def _scale(self) -> TrainingSpec:
+        if self.precision != "float16":
+            for name, default in (("loss_scale", None), ("loss_scale_growth_interval", 2000)):
+                if getattr(self, name) != default:
+                    raise ValueError(f"{name}: only for precision 'float16'")
+        return self
+
+    @property
+    def autocast_dtype(self) -> str | None:
+        """The dtype of the autocast region that the model runs in, if any."""
+        return self.precision if self.precision in ("bfloat16", "float16") else None
 
     @property
     def metric_name(self) -> str:

@@ -36,6 +36,8 @@ class Tuning:
         capture: Capture whole training steps, optimizers included, and replay them: as CUDA graphs,
             with what can overlap on several streams. None: on a GPU, where enough steps are
             planned. True on a CPU writes the calls down and calls them again: for tests, no faster.
+        tf32: Whether CUDA may compute float32 products and convolutions in TF32, with a mantissa
+            of 10 bits, while the trial trains. None: as torch is set, which is convolutions only.
 
     Raises:
         SpecError: a value makes no sense.
@@ -55,6 +57,7 @@ class Tuning:
     tape: bool | None = None
     compile: bool | Literal["inductor"] | None = None
     capture: bool | None = None
+    tf32: bool | None = None
 
     def __post_init__(self) -> None:
         if self.most_s < 0 or not 0 <= self.share <= 1:

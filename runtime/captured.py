@@ -180,6 +180,8 @@ class CapturedLanes:
             losses = self.lanes.whole_step(bounds, batch)
             learning[:] = self.lanes.with_gradient(models) if kept else []
             updates.apply()
+            if self.lanes.scaling is not None:
+                self.lanes.scaling.update(models)
             stacked = torch.stack([losses[model].detach() for model in models])
             sums.add_(stacked.double(), alpha=key[1])
             return [stacked, *(leaf.grad for leaf in learning if leaf.grad is not None)]

@@ -48,7 +48,7 @@ class Cohort:
         self.members = {member.id: member for member in members}
         devices = list(dict.fromkeys(member.device for member in members))
         self._tuners = [tuner(device) for device in devices]
-        self._lanes = [
+        self.lanes = [
             DeviceLanes(
                 data.graph,
                 [member for member in members if member.device == device],
@@ -91,7 +91,7 @@ class Cohort:
 
     def _open(self) -> Loader:
         if self._loader is None:
-            self._loader = Loader(open_data(self.spec), self._lanes[0].device)
+            self._loader = Loader(open_data(self.spec), self.lanes[0].device)
             epochs = max(member.entry.training.epochs for member in self.members.values())
             for tuner in self._tuners:
                 tuner.steps = epochs * len(self._loader.data.train_sizes)
@@ -108,7 +108,7 @@ class Cohort:
         self._forget(member.id)
 
     def _forget(self, model: ModelId) -> None:
-        for lanes in self._lanes:
+        for lanes in self.lanes:
             lanes.forget(model)
 
     def _train(self, loader: Loader, epoch: int, members: Sequence[Member]) -> None:
@@ -116,7 +116,7 @@ class Cohort:
         running = [member.id for member in members if member.running]
         for size, leaves in loader.train(epoch):
             # Devices compute side by side: nothing here waits for one.
-            failures = [lanes.train(running, leaves, size, step) for lanes in self._lanes]
+            failures = [lanes.train(running, leaves, size, step) for lanes in self.lanes]
             for model, failure in (item for found in failures for item in found.items()):
                 self._fail(self.members[model], failure)
             step += 1
@@ -124,7 +124,7 @@ class Cohort:
                 running = [model for model in running if self.members[model].running]
                 if not running:
                     break
-        for lanes in self._lanes:
+        for lanes in self.lanes:
             lanes.end_training()
 
     def _evaluate(
@@ -138,7 +138,7 @@ class Cohort:
         }
         for size, leaves in loader.validation():
             running = [member.id for member in members if member.running]
-            for lanes in self._lanes:
+            for lanes in self.lanes:
                 there, outcomes = lanes.evaluate(running, leaves, size)
                 for model, outcome in outcomes.items():
                     try:
@@ -162,5 +162,5 @@ class Cohort:
 
     def sync(self) -> None:
         """Bring each model's own optimizer up to date, for a checkpoint."""
-        for lanes in self._lanes:
+        for lanes in self.lanes:
             lanes.sync()

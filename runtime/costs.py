@@ -34,6 +34,7 @@ from cgo.runtime.builder import Builder
 from cgo.runtime.choice import LOOPED, Way
 from cgo.runtime.emitter import Column, Emitter, Group, Packed, Types, make_group
 from cgo.runtime.layouts import IMAGES, gather, to_channels, unstack
+from cgo.runtime.precision import tf32_key
 from cgo.runtime.streams import divide, forked, forked_calls
 from cgo.runtime.tape import Replay, TapeError, compile_tape, interpreted, record
 from cgo.tuning import CHANNELS, STACKED
@@ -185,7 +186,8 @@ def device_key(device: torch.device) -> str:
     """Device, versions and threads: costs of another key do not hold here."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else devices()[0].name
     threads = torch.get_num_threads() if device.type == "cpu" else 0
-    return f"{device.type} {name}, torch {torch.__version__}, {threads} threads, form 4"
+    products = tf32_key() if device.type == "cuda" else ""
+    return f"{device.type} {name}, torch {torch.__version__}, {threads} threads, form 4{products}"
 
 
 def _shipped(device: torch.device) -> tuple[str, list[_Row]]:

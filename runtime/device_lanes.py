@@ -13,8 +13,9 @@ from cgo.graph import Graph, ModelId
 from cgo.runtime.accelerator import accelerator_for
 from cgo.runtime.captured import CapturedLanes
 from cgo.runtime.data import Leaves
-from cgo.runtime.lanes import MergedLanes, OpaqueLane, Outcome, Result
+from cgo.runtime.lanes import MergedLanes, Outcome, Result
 from cgo.runtime.member import Member
+from cgo.runtime.opaque import OpaqueLane
 from cgo.runtime.tuning import Chooser
 
 #: Steps between two looks at the losses on a GPU, where steps are eager.
@@ -130,7 +131,7 @@ class DeviceLanes:
         if member.diverged:
             return {}
         try:
-            member.updater.step()
+            self._opaque[model].update()
         except Exception as error:
             return {model: error}
         return {}

@@ -1,13 +1,12 @@
 """How the models of one loader compute their losses: merged, or each by its own module.
 
-Both kinds have the same two methods. `train` computes losses and gradients, `evaluate` losses and
-predictions; both return a result or an exception for each model, so that a model that fails leaves
-its neighbours' numbers as they are.
+Both kinds (`cgo.runtime.opaque` has the other) have the same methods. `train` computes losses and
+gradients, `evaluate` losses and predictions; both return a result or an exception for each model,
+so that a model that fails leaves its neighbours' numbers as they are. `update` takes the step.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,18 +16,16 @@ from torch import Tensor
 
 from cgo.errors import DataError
 from cgo.graph import Graph, ModelId, Node, Output, homes, restrict
-from cgo.model import loss_function
 from cgo.runtime.accelerator import accelerator_for, is_out_of_memory, without_frames
 from cgo.runtime.builder import Result as LoweredResult
 from cgo.runtime.builder import Source
 from cgo.runtime.choice import Choice, divided, rules_for
-from cgo.runtime.data import Leaves, preserved_random_state
+from cgo.runtime.data import Leaves
 from cgo.runtime.lower import Lowered, lower
 from cgo.runtime.member import Member
 from cgo.runtime.operators import Fill, empty, filler
 from cgo.runtime.packing import PackedState, Place, learning_places, plan_packs, release
-from cgo.runtime.state import RandomState
-from cgo.runtime.step import autocast, compute, eval_mode
+from cgo.runtime.scaling import Scaling, seeds
 from cgo.runtime.taped import Taped
 from cgo.runtime.tuning import Chooser
 from cgo.runtime.updates import Updates
@@ -69,6 +66,7 @@ class MergedLanes:
         self._packed_for: tuple[ModelId, ...] = ()
         self._packed = PackedState((), self.members)
         self.updates: Updates | None = None  # None: each model's own optimizer takes the step
+        self.scaling = Scaling.of({member.id: member.scale for member in members})
         self._programs: dict[tuple[str, tuple[ModelId, ...], bool], Bound] = {}
 
     def train(self, models: Sequence[ModelId], leaves: Leaves, size: int) -> dict[ModelId, Outcome]:
@@ -91,11 +89,12 @@ class MergedLanes:
             self._repack(models)
             bounds = [self._bound(f"train/{size}", ids) for ids in self._chosen.programs]
             drawn = [bound.together(single) for bound in bounds]
+        self._unscale(models)
         if self.updates is None:
             updaters = {model: self.members[model].updater for model in models}
             on_device = self.device.type != "cpu" or self._chosen.captured
             accelerator = accelerator_for(self.device) if on_device else None
-            self.updates = Updates(updaters, self._packed.learning, accelerator)
+            self.updates = Updates(updaters, self._packed.learning, accelerator, self.scaling)
         return outcomes
 
     def _attempt(
@@ -152,7 +151,18 @@ class MergedLanes:
             except Exception as error:
                 bound.restore()
                 outcomes[model] = error
+        self._unscale([model for model in models if isinstance(outcomes[model], Result)])
         return outcomes
+
+    def _unscale(self, models: Sequence[ModelId]) -> None:
+        """Make the gradients of models that scale their losses what they are without."""
+        if self.scaling is None:
+            return
+        own = {
+            model: [p.grad for p in self.members[model].updater.parameters if p.grad is not None]
+            for model in models
+        }
+        self.scaling.unscale(self._packed.gradients(), own)
 
     # --- for whoever captures steps ---------------------------------------------------------------
 
@@ -180,6 +190,7 @@ class MergedLanes:
         for bound, numbers in zip(bounds, drawn):
             results = self._train(bound, leaves, numbers, undo=False)
             found |= {model: result.loss for model, result in results.items()}
+        self._unscale(list(found))
         return found
 
     def forget_gradients(self, models: Sequence[ModelId]) -> None:
@@ -215,14 +226,17 @@ class MergedLanes:
             rest = list(models)
         if rest:
             self.hand_out_gradients()
-        return self.step_alone([model for model in rest if model not in without])
+        failures = self.step_alone([model for model in rest if model not in without])
+        if self.scaling is not None:
+            self.scaling.update(models)
+        return failures
 
     def step_alone(self, models: Sequence[ModelId]) -> dict[ModelId, Exception]:
         """Let the models' own optimizers take the step; returns what failed."""
         failures: dict[ModelId, Exception] = {}
         for model in models:
             try:
-                self.members[model].updater.step()
+                self.members[model].step()
             except Exception as error:
                 failures[model] = error
         return failures
@@ -297,9 +311,8 @@ class MergedLanes:
             lowered = lower(part, program, self.device, state.packs, ways=ways, images_last=last)
             chosen = self._chosen if packed else Choice(graph, ())
             where = f"{program}/{','.join(models)}"
-            bound = Bound(
-                lowered, self.members, self._constants, state, self._learning, chosen, where, models
-            )
+            given = lowered, self.members, self._constants, state, self._learning, chosen, where
+            bound = Bound(*given, models=models, scaling=self.scaling)
             self._programs[key] = bound
         return bound
 
@@ -335,6 +348,7 @@ class Bound:
         chosen: Choice,
         name: str,
         models: Sequence[ModelId],
+        scaling: Scaling | None,
     ) -> None:
         self.lowered = lowered
         self._members, self._packed = members, packed
@@ -366,6 +380,7 @@ class Bound:
             if result.outputs[0].role == "loss"
         ]
         self._plan_updates()
+        self._plan_seeds(scaling)
         self._learning = [
             position
             for position, value in enumerate(self._values)
@@ -401,6 +416,15 @@ class Bound:
         targets = {id(target): target for target in [t for _, t in self.updates] + written}
         self._buffers = list(targets.values())
         self._before = [torch.empty_like(buffer) for buffer in self._buffers]
+
+    def _plan_seeds(self, scaling: Scaling | None) -> None:
+        """Which losses are scaled by what; scales are read anew at every step."""
+        self._scale: Tensor | None = None
+        self._lanes: dict[int, Tensor] = {}
+        for position, result in self.losses:
+            models = [output.model for output in result.outputs]
+            if scaling is not None and scaling.covers(models):
+                self._scale, self._lanes[position] = scaling.scale, scaling.lanes(models)
 
     def _buffer(self, output: Output, packed: bool) -> Tensor:
         """Where an updated buffer lies: in its pack, or its model's own tensor."""
@@ -472,11 +496,19 @@ class Bound:
         earlier = {i: values[i].grad for i in self._learning if values[i].grad is not None}
         for position in earlier:
             values[position].grad = None
-        results = self.lowered(values)
-        losses = [results[position] for position, _ in self.losses]
-        learning = [loss for loss in losses if loss.requires_grad]
+        results = self.lowered(values[: len(self._values)])
+        learning = [p for p, _ in self.losses if results[p].requires_grad]
         if learning:  # gradients of the sum of losses, without computing the sum
-            torch.autograd.backward(learning, [torch.ones_like(loss) for loss in learning])
+            scale = values[-1]  # where one of the losses is scaled
+            torch.autograd.backward(
+                [results[position] for position in learning],
+                [
+                    seeds(scale, self._lanes[position], results[position])
+                    if position in self._lanes
+                    else torch.ones_like(results[position])
+                    for position in learning
+                ],
+            )
         self._with_gradient = [i for i in self._learning if values[i].grad is not None]
         gradients = [values[i].grad for i in self._with_gradient]
         for position, gradient in earlier.items():
@@ -504,7 +536,8 @@ class Bound:
             values[position] = parameter.detach()
         if self._buffers and undo:
             torch._foreach_copy_(self._before, self._buffers)
-        return values  # type: ignore[return-value]
+        scale = [] if self._scale is None else [self._scale]
+        return [*values, *scale]  # type: ignore[list-item]
 
     def commit(self, results: Sequence[Tensor]) -> None:
         """Write the buffers' new values."""
@@ -538,58 +571,3 @@ def _unexpected(leaves: Leaves, name: str, dtype: torch.dtype, shape: torch.Size
         f"the batch's {name} is {leaves[name].dtype} {list(leaves[name].shape)}; the first "
         f"batch's was {dtype} {list(shape)}"
     )
-
-
-class OpaqueLane:
-    """A model that was not captured: its own module is called, on its own copy of the batch."""
-
-    def __init__(self, member: Member) -> None:
-        assert member.state.module is not None
-        self.member = member
-        self._module = member.state.module
-        self._training = member.entry.training
-        self._loss = loss_function(self._training.loss)
-
-    def train(self, leaves: Leaves) -> Outcome:
-        """The loss, after its backward."""
-        try:
-            result = self._compute(leaves)
-            if result.loss.requires_grad:
-                result.loss.backward()
-            return result
-        except Exception as error:
-            return error
-
-    def evaluate(self, leaves: Leaves) -> Outcome:
-        """The loss and the prediction in evaluation mode."""
-        try:
-            with eval_mode(self._module), torch.no_grad():
-                return self._compute(leaves)
-        except Exception as error:
-            return error
-
-    def _compute(self, leaves: Leaves) -> Result:
-        own = {name: leaf.clone() for name, leaf in leaves.items()}
-        state = self.member.state
-        with preserved_random_state(), self._device_stream():
-            state.random.enter()
-            with autocast(self._training, state.device):
-                double = self._training.precision == "float64"
-                loss, prediction = compute(self._module, self._loss, own, double=double)
-            state.random = RandomState.current()
-        return Result(loss, prediction if isinstance(prediction, Tensor) else None)
-
-    @contextlib.contextmanager
-    def _device_stream(self) -> Iterator[None]:
-        """On CUDA, let the module draw from its model's own stream instead of the process's."""
-        device, generator = self.member.state.device, self.member.state.generator
-        if device.type != "cuda":
-            yield
-            return
-        before = torch.cuda.get_rng_state(device)
-        torch.cuda.set_rng_state(generator.get_state(), device)
-        try:
-            yield
-        finally:
-            generator.set_state(torch.cuda.get_rng_state(device))
-            torch.cuda.set_rng_state(before, device)

@@ -15,6 +15,7 @@ from cgo.graph import ModelId
 from cgo.graph_data import GraphData, ModelEntry, file_sha256
 from cgo.runtime.meters import LossMeter
 from cgo.runtime.optimizers import Updater
+from cgo.runtime.scaling import LossScale
 from cgo.runtime.state import ModelState
 
 Report = Callable[[Event], None]
@@ -33,6 +34,7 @@ class Member:
         self._report = report
         self.state = ModelState(entry, data, device)
         self.updater = Updater(entry.training, self.state.parameters())
+        self.scale = LossScale.of(entry.training, device)
         self.train_loss = LossMeter()
         self.lr = self.updater.lr
         self.diverged = False  # a loss was not finite, which is to end the model
@@ -56,6 +58,10 @@ class Member:
         """Fresh sums, and the learning rate that the epoch starts with."""
         self.train_loss = LossMeter()
         self.lr = self.updater.lr
+
+    def step(self) -> None:
+        """The step of the model's own optimizer, left out where its gradients have overflowed."""
+        self.updater.step(skip=self.scale is not None and self.scale.overflowed())
 
     def end_epoch(self, evaluated: dict[str, float], seconds: float) -> None:
         """Add the epoch's row, report it, and end the model if it was the last."""
@@ -100,6 +106,7 @@ class Member:
             optimizer = self.updater.optimizer.state_dict()
             record["optimizer"] = tree_map_only(torch.Tensor, torch.clone, optimizer)
             record["scheduler"] = None if scheduler is None else scheduler.state_dict()
+            record["scale"] = None if self.scale is None else self.scale.dump()
         return record
 
     def load(self, record: dict[str, Any]) -> None:
@@ -110,3 +117,5 @@ class Member:
             self.updater.optimizer.load_state_dict(record["optimizer"])
             if self.updater.scheduler is not None:
                 self.updater.scheduler.load_state_dict(record["scheduler"])
+            if self.scale is not None:
+                self.scale.load(record["scale"])

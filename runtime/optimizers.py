@@ -18,6 +18,7 @@ class Updater:
         """Raises `ModelError` when the optimizer or scheduler refuses what it is given."""
         self.training = training
         self.parameters = list(parameters)
+        _check_dtypes(training, self.parameters)
         try:
             self.optimizer = optimizer_class(training.optimizer)(
                 self.parameters, **training.optimizer_kwargs
@@ -48,11 +49,19 @@ class Updater:
         else:
             self.optimizer.zero_grad()
 
-    def step(self) -> None:
-        """Clip this model's own gradients, update, and step the scheduler."""
-        if self.training.grad_clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.training.grad_clip_norm)
-        self.optimizer.step()
+    def step(self, *, skip: bool = False) -> None:
+        """Clip this model's own gradients, update, and step the scheduler.
+
+        Args:
+            skip: Leave out all but the scheduler, for a step whose gradients have overflowed.
+        """
+        if skip:
+            # What schedulers look at to warn of a missing optimizer step.
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        else:
+            if self.training.grad_clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(self.parameters, self.training.grad_clip_norm)
+            self.optimizer.step()
         self.step_scheduler()
 
     def step_scheduler(self) -> None:
@@ -64,3 +73,11 @@ class Updater:
         """Step a scheduler that goes by epochs."""
         if self.scheduler is not None and self.training.scheduler_interval == "epoch":
             self.scheduler.step()
+
+
+def _check_dtypes(training: TrainingSpec, parameters: Sequence[Tensor]) -> None:
+    if training.precision == "float16" and any(p.dtype is torch.float16 for p in parameters):
+        raise ModelError(
+            "precision 'float16' casts float32 parameters as it goes, and cannot scale the "
+            "gradients of parameters that are float16 themselves: build the module in float32"
+        )

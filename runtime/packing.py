@@ -144,6 +144,11 @@ class PackedState:
             leaf.grad = None
         self._handed_out = False
 
+    def gradients(self) -> list[tuple[list[ModelId], Tensor]]:
+        """This step's gradients of leaves, each with its lanes' models."""
+        found = [([m for m, _ in pack.places], self.leaves[pack.names].grad) for pack in self.packs]
+        return [(models, gradient) for models, gradient in found if gradient is not None]
+
     def hand_out_gradients(self, *, anew: bool = False) -> None:
         """Give each model's parameter its lane of the gradient, as a view; once a step."""
         if self._handed_out and not anew:

@@ -74,6 +74,7 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 def autocast(training: TrainingSpec, device: torch.device | str) -> Any:
     """The autocast context that the training spec's precision asks for."""
-    if training.precision != "bfloat16":
+    if training.autocast_dtype is None:
         return contextlib.nullcontext()
-    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
+    dtype = getattr(torch, training.autocast_dtype)
+    return torch.autocast(torch.device(device).type, dtype=dtype)

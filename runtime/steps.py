@@ -36,6 +36,11 @@ class Kind:
     flags: tuple[bool, ...]
     dtype: torch.dtype
 
+    @property
+    def on_device(self) -> bool:
+        """Whether there is a kernel that reads rates and counts from the device, as float32."""
+        return self.everywhere and self.dtype is not torch.float64
+
 
 @dataclass
 class Part:

@@ -20,6 +20,7 @@ from cgo.runtime import checkpoint
 from cgo.runtime.cohort import Cohort
 from cgo.runtime.device_lanes import Observer
 from cgo.runtime.member import Member, Report
+from cgo.runtime.precision import tf32
 from cgo.runtime.tuning import Record, make_tuner
 from cgo.tuning import Tuning
 
@@ -54,8 +55,10 @@ def train(
     given = [device] if isinstance(device, torch.device) else list(device or _all_devices())
     given = [torch.device(d.type, d.index or 0) if d.type == "cuda" else d for d in given]
     data.check_files()
-    trial = _Trial(data, folder, report, observer, given)
-    trial.run()
+    tuning = Tuning.from_json(data.experiment.get("tuning", {}))
+    with tf32(tuning.tf32):
+        trial = _Trial(data, folder, report, observer, given, tuning)
+        trial.run()
     return trial.metrics()
 
 
@@ -72,10 +75,10 @@ class _Trial:
         report: Report,
         observer: Observer | None,
         devices: Sequence[torch.device],
+        tuning: Tuning,
     ) -> None:
         started = time.perf_counter()
         self.data, self.folder, self.report = data, folder, report
-        self.tuning = Tuning.from_json(data.experiment.get("tuning", {}))
         self.members: dict[ModelId, Member] = {}
         for entry in data.models:
             member = self._member(entry, devices[0])
@@ -83,14 +86,15 @@ class _Trial:
                 self.members[entry.id] = member
         self._resume()
         constants = self._constants()
-        record = Record(folder / RECORD, devices[0], self.tuning.record)
-        tuner = partial(make_tuner, self.tuning, record=record, tell=self._tell)
+        record = Record(folder / RECORD, devices[0], tuning.record)
+        tuner = partial(make_tuner, tuning, record=record, tell=self._tell)
         self.cohorts = [
             Cohort(data, key, members, constants, observer, tuner, self._tell)
             for key, members in self._by_data().items()
         ]
         seconds = time.perf_counter() - started
-        self._tell("lowered", models=len(self.members), loaders=len(self.cohorts), seconds=seconds)
+        figures = {"models": len(self.members), "loaders": len(self.cohorts), "seconds": seconds}
+        self._tell("lowered", **figures, tf32=tuning.tf32)
 
     def _member(self, entry: ModelEntry, device: torch.device) -> Member | None:
         try:

@@ -24,6 +24,7 @@ from cgo.graph import ModelId
 from cgo.runtime.accelerator import Accelerator
 from cgo.runtime.optimizers import Updater
 from cgo.runtime.packing import rehome
+from cgo.runtime.scaling import Scaling
 from cgo.runtime.steps import Kind, Number, Part, kind_rule
 
 Leaf = tuple[Tensor, list[Tensor]]  # a packed leaf, and its lanes as the models' own parameters
@@ -37,6 +38,7 @@ class Updates:
         updaters: Mapping[ModelId, Updater],
         learning: Sequence[Leaf],
         accelerator: Accelerator | None = None,
+        scaling: Scaling | None = None,
     ) -> None:
         """Arrange parameters that have a gradient now; those of other models stay where they are.
 
@@ -45,10 +47,11 @@ class Updates:
             learning: The packed leaves that learn.
             accelerator: Where rates and counts of steps lie as tensors, so that `apply` can be
                 captured; None: they are Python's.
+            scaling: Knows of models whose scaled gradients have overflowed: they stay as they are.
         """
         self._version = 0  # of the arrangement
         self._updaters = dict(updaters)
-        self._accelerator = accelerator
+        self._accelerator, self._scaling = accelerator, scaling
         self._learning = list(learning)
         self._rules = {model: kind_rule(updater) for model, updater in self._updaters.items()}
         self._hyper = self._hyper_parameters()
@@ -122,10 +125,15 @@ class Updates:
             flat.sync()
 
     def _kinds(self) -> dict[ModelId, Kind | None]:
-        return {
+        found = {
             model: None if rule is None else rule(self._updaters[model].optimizer.param_groups[0])
             for model, rule in self._rules.items()
         }
+        if self._accelerator is None or self._scaling is None:
+            return found
+        # Whether a step was left out is known on the device alone: only kernels can count there.
+        scaled = {model for model in found if self._scaling.covers([model])}
+        return {m: k if m not in scaled or (k and k.on_device) else None for m, k in found.items()}
 
     def _hyper_parameters(self) -> list[list[Any]]:
         groups = [updater.optimizer.param_groups[0] for updater in self._updaters.values()]
@@ -167,7 +175,8 @@ class Updates:
                     pieces.setdefault(kind, []).append(alone)
         self._arranged = self._having_gradients()
         return [
-            Flat(kind, found, self._updaters, self._accelerator) for kind, found in pieces.items()
+            Flat(kind, found, self._updaters, self._accelerator, self._scaling)
+            for kind, found in pieces.items()
         ]
 
 
@@ -196,11 +205,13 @@ class Flat:
         pieces: Sequence[Piece],
         updaters: Mapping[ModelId, Updater],
         accelerator: Accelerator | None = None,
+        scaling: Scaling | None = None,
     ) -> None:
         self.kind, self.pieces = kind, list(pieces)
         self._accelerator = accelerator
         self.models = list(dict.fromkeys(model for piece in pieces for model in piece.models))
         self.updaters = [updaters[model] for model in self.models]
+        self._scaling = scaling if scaling is not None and scaling.covers(self.models) else None
         parameters = [parameter for piece in pieces for parameter in piece.own]
         self.parameters = parameters
         position = {model: index for index, model in enumerate(self.models)}
@@ -274,6 +285,8 @@ class Flat:
         """Write the number of steps into the optimizers' own states."""
         if not self.kind.steps:
             return
+        if self._accelerator is not None and self._by_kernels:
+            self.steps = [int(count) for count in self.counts.tolist()]
         for index in range(len(self.parameters)):
             count = self.steps[self._positions[index]]
             fused = self.updaters[self._positions[index]].optimizer.param_groups[0].get("fused")
@@ -284,23 +297,26 @@ class Flat:
 
     def prepare(self, without: frozenset[ModelId]) -> None:
         """Read hyper-parameters, and count a step."""
+        if self._scaling is not None and self._accelerator is None:
+            without |= self._scaling.overflowed()
         self._without = without
         self.groups = [updater.optimizer.param_groups[0] for updater in self.updaters]
-        self.steps = [count + 1 for count in self.steps]
+        self.steps = [n + (m not in without) for n, m in zip(self.steps, self.models)]
         if self._by_kernels:
             rates = [float(group["lr"]) for group in self.groups]
             if self._accelerator is not None and rates != self._known_rates:
                 self._known_rates = rates
                 self._accelerator.upload(rates, self.rates)
             return
-        found = self.kind.numbers(self.groups, self.steps, self.kind.flags)
+        counts = [max(1, count) for count in self.steps]  # 0 where the first step is left out
+        found = self.kind.numbers(self.groups, counts, self.kind.flags)
         self.numbers = {name: self._number(name, values) for name, values in found.items()}
 
     @property
     def _by_kernels(self) -> bool:
         """Whether the step is torch's fused kernels; else it is operators over flat tensors."""
         if self._accelerator is not None:  # where kernels take rates as float32
-            return self.kind.everywhere and self.values.dtype is not torch.float64
+            return self.kind.on_device
         return self.kind.fused is not None and self.values.device.type == "cpu"
 
     @property
@@ -328,6 +344,10 @@ class Flat:
         """A kernel for each model, with its rate and its count of steps from the device."""
         assert self.kind.fused is not None
         self.counts.add_(1)
+        overflown = None
+        if self._scaling is not None:
+            overflown = self._scaling.overflow(self.models).float()
+            self.counts.sub_(overflown)
         lanes = [lane for rows in gradients for lane in rows.unbind(0)]
         for position, model in enumerate(self.models):
             if model not in self._without:
@@ -337,15 +357,20 @@ class Flat:
                     part.count, part.rate = self.counts[position], self.rates[position]
                 part.gradients = [lanes[index] for index in self._own[position]]
                 part.group = self.groups[position]
+                part.skip = None if overflown is None else overflown[position]
                 self.kind.fused(part)
 
     def _flat_step(self, gradients: Sequence[Tensor], without: frozenset[ModelId]) -> None:
         self.gradient = torch.cat([rows.flatten() for rows in gradients])
-        before = self.values.clone() if not without.isdisjoint(self.models) else None
+        if without.isdisjoint(self.models):
+            self.kind.rule(self)
+            return
+        flats = [self.values, *self.moments.values()]
+        before = [flat.clone() for flat in flats]
         self.kind.rule(self)
-        if before is not None:  # by selection: nothing times NaN is nothing
-            stays = torch.tensor([m in without for m in self.models], device=self.values.device)
-            torch.where(stays[self.elements], before, self.values, out=self.values)
+        stays = torch.tensor([m in without for m in self.models], device=self.values.device)
+        for flat, kept in zip(flats, before):  # by selection: nothing times NaN is nothing
+            torch.where(stays[self.elements], kept, flat, out=flat)
 
     def _fused_step(self, gradients: Sequence[Tensor], without: frozenset[ModelId]) -> None:
         assert self.kind.fused is not None

@@ -17,6 +17,7 @@ class Run:
 
     losses: list = field(default_factory=list)  # one float a step
     history: list = field(default_factory=list)  # one dict an epoch
+    scales: list = field(default_factory=list)  # after each step; 1.0 but in float16
     gradients: dict = field(default_factory=dict)  # of the first step, before clipping
     state: dict = field(default_factory=dict)
 
@@ -40,6 +41,8 @@ def train_alone(
     loss=F.cross_entropy,
     metric="accuracy",
     precision="float32",
+    loss_scale=2.0**16,
+    loss_scale_growth_interval=2000,
 ):
     """Train one model; `data` is (train, validation), each (inputs, targets) as whole tensors."""
     (inputs, targets), (val_inputs, val_targets) = data
@@ -53,12 +56,19 @@ def train_alone(
     if scheduler:
         schedule = getattr(torch.optim.lr_scheduler, scheduler)(opt, **(scheduler_kwargs or {}))
     run = Run()
+    # Without effect where the precision is another.
+    scaler = torch.amp.GradScaler(
+        "cpu",
+        init_scale=loss_scale,
+        growth_interval=loss_scale_growth_interval,
+        enabled=precision == "float16",
+    )
 
     def step_loss(x, y):
         x, y = (_cast(value, double) for value in (x, y))
         context = contextlib.nullcontext()
-        if precision == "bfloat16":
-            context = torch.autocast("cpu", dtype=torch.bfloat16)
+        if precision in ("bfloat16", "float16"):
+            context = torch.autocast("cpu", dtype=getattr(torch, precision))
         with context:
             out = _call(net, x)
             return loss(out, y), out
@@ -72,7 +82,8 @@ def train_alone(
                 break
             opt.zero_grad()
             value, _ = step_loss(_pick(inputs, batch), _pick(targets, batch))
-            value.backward()
+            scaler.scale(value).backward()
+            scaler.unscale_(opt)
             if not run.gradients:
                 run.gradients = {
                     name: None if p.grad is None else p.grad.clone()
@@ -80,7 +91,9 @@ def train_alone(
                 }
             if grad_clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip_norm)
-            opt.step()
+            scaler.step(opt)
+            scaler.update()
+            run.scales.append(scaler.get_scale())
             if schedule is not None and scheduler_interval == "step":
                 schedule.step()
             run.losses.append(float(value.detach()))

@@ -26,7 +26,10 @@ POINTS = cgo.DataSpec("support.small:points", batch_size=16)
         ({"scheduler_kwargs": {"gamma": 1}}, "scheduler_kwargs: given without a scheduler"),
         ({"epochs": 0}, "epochs: Input should be greater than or equal to 1"),
         ({"grad_clip_norm": -1.0}, "grad_clip_norm: Input should be greater than 0"),
-        ({"precision": "float16"}, "precision: Input should be 'float32'"),
+        ({"precision": "float8"}, "precision: Input should be 'float32'"),
+        ({"loss_scale": 8.0}, "loss_scale: only for precision 'float16'"),
+        ({"precision": "float16", "loss_scale": 0.0}, "loss_scale: Input should be greater"),
+        ({"loss_scale_growth_interval": 3}, "loss_scale_growth_interval: only for precision"),
         ({"unknown": 1}, "unknown: Unexpected keyword argument"),
     ],
 )

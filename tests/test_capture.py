@@ -104,11 +104,12 @@ def test_float64_casts_inputs_in_the_graph(capturer):
     assert "%to = aten.to.dtype(%input, dtype:float64) : f64[16, 6] {m}" in lines
 
 
-def test_bfloat16_marks_the_nodes_that_run_under_autocast(capturer):
-    captured = capture(capturer, "support.small:mlp", precision="bfloat16")
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_the_nodes_that_run_under_autocast_are_marked(capturer, precision):
+    captured = capture(capturer, "support.small:mlp", precision=precision)
     linear = next(n for n in captured.graph.nodes if n.op == "aten.linear.default")
-    assert linear.autocast == "bfloat16"
-    assert linear.types[0].dtype == "bfloat16"
+    assert linear.autocast == precision
+    assert linear.types[0].dtype == precision
     assert all(n.autocast is None for n in captured.graph.nodes if n.op == "cgo.input")
 
 

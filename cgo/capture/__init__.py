@@ -187,9 +187,8 @@ def _program(
     first evaluation that of training; what validates is kept.
     """
     split = name.partition("/")[0]
-    autocast_dtype = "bfloat16" if training.precision == "bfloat16" else None
     converted = functools.partial(
-        convert, leaves=leaves, strip="module.", autocast_dtype=autocast_dtype
+        convert, leaves=leaves, strip="module.", autocast_dtype=training.autocast_dtype
     )
     if split not in exports and "train" in exports:
         exports[split] = in_evaluation_mode(exports["train"])

@@ -4,6 +4,8 @@ What holds here holds for a CUDA graph as well: both keep Python's numbers and t
 refuse whoever looks at a value.
 """
 
+from itertools import pairwise
+
 import pytest
 import torch
 from support.families import FAMILIES
@@ -73,6 +75,26 @@ def test_float32_steps_by_kernels_that_read_rates_and_counts_from_the_device(tmp
         torch.testing.assert_close(
             torch.tensor(merged.losses[case.id]), torch.tensor(alone.losses), rtol=2e-5, atol=1e-6
         )
+
+
+def test_float16_scales_live_on_the_device(tmp_path):
+    """Overflows, growth and left out steps happen inside the captured step."""
+    half = {"precision": "float16", "loss_scale": 2.0**20, "loss_scale_growth_interval": 2}
+    cases = []
+    for number, optimizer in enumerate(("SGD", "Adam", "RMSprop")):
+        given = {**training(optimizer, epochs=3), **half, "grad_clip_norm": 1.0}
+        given["optimizer_kwargs"] = {**OPTIMIZERS[optimizer], "lr": 0.003}
+        cases.append(Case(f"m{number}", "mlp", seed=number, training=given))
+    merged = Merged(cases, tmp_path, tuning=CAPTURED)
+    assert told(merged, "captured")
+    for case in cases:
+        alone = case.alone()
+        assert min(alone.scales) < half["loss_scale"]
+        assert any(after > before for before, after in pairwise(alone.scales))
+        found, expected = (
+            torch.tensor(losses) for losses in (merged.losses[case.id], alone.losses)
+        )
+        torch.testing.assert_close(found, expected, rtol=5e-3, atol=5e-3)
 
 
 def test_evaluation_is_captured_once_it_was_run(tmp_path):

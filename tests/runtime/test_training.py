@@ -150,11 +150,12 @@ def test_an_opaque_model_that_raises_fails_alone(tmp_path):
     assert set(run.metrics) == {"good"}
 
 
-def test_a_captured_model_that_raises_fails_alone(tmp_path):
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_captured_model_that_raises_fails_alone(tmp_path, precision):
     # Batch 0 has only classes that the narrow model knows; a later one does not.
     data = cgo.DataSpec("support.small:late_class", batch_size=16, shuffle=False)
-    good = model("good", kwargs={"dropout": 0.4}, data=data)
-    bad = model("bad", "support.small:narrow", data=data)
+    good = model("good", kwargs={"dropout": 0.4}, data=data, precision=precision)
+    bad = model("bad", "support.small:narrow", data=data, precision=precision)
     run = Run(good, bad, folder=tmp_path / "merged").execute()
     assert run.plan.report.captured == 2
     assert "out of bounds" in run.ended("bad")["error"]

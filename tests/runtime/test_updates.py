@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cgo.model import TrainingSpec
+from cgo.runtime.accelerator import accelerator_for
 from cgo.runtime.optimizers import Updater
+from cgo.runtime.scaling import LossScale, Scaling
 from cgo.runtime.updates import Updates
 
 SHAPES = ((3, 4), (4,), ())
@@ -99,13 +102,17 @@ class Lanes:
             for name, spec, parameters in zip(self.names, given, own)
         }
         self.updates = None
+        self.left_out = set()
 
-    def step(self, gradients, without=frozenset()):
+    def give(self, gradients):
         """Gradients as each model's own list; None where there is none."""
         for number, (leaf, _) in enumerate(self.leaves):
             leaf.grad = torch.stack([row[number] for row in gradients])
         for parameters, row in zip(self.own, gradients):
             parameters[-2].grad, parameters[-1].grad = row[-2], row[-1]
+
+    def step(self, gradients, without=frozenset()):
+        self.give(gradients)
         if self.updates is None:
             self.updates = Updates(self.updaters, [pair for pair in self.leaves])
         self.updates.step(without)
@@ -113,7 +120,7 @@ class Lanes:
             if not self.updates.covers(name):
                 for parameter, gradient in zip(parameters, gradients[number]):
                     parameter.grad = None if gradient is None else gradient.clone()
-                self.updaters[name].step()
+                self.updaters[name].step(skip=name in self.left_out)
 
 
 class Alone:
@@ -123,11 +130,11 @@ class Alone:
         ]
         self.updaters = [Updater(spec, parameters) for spec, parameters in zip(given, self.own)]
 
-    def step(self, gradients):
-        for parameters, row, updater in zip(self.own, gradients, self.updaters):
+    def step(self, gradients, skip=(False,) * 9):
+        for parameters, row, updater, skips in zip(self.own, gradients, self.updaters, skip):
             for parameter, gradient in zip(parameters, row):
                 parameter.grad = None if gradient is None else gradient.clone()
-            updater.step()
+            updater.step(skip=skips)
 
 
 def draw_gradients(lanes, generator):
@@ -269,6 +276,63 @@ def test_a_lane_left_out_stays_as_it_is():
     for lane in (1, 2):
         for left, right in zip(all_in.own[lane], left_out.own[lane]):
             assert torch.equal(left, right)
+
+
+OVERFLOWS = {"m0": {0, 3, 4}, "m1": {0, 1}, "m3": {5}}  # in which steps; m2 has no scale
+
+
+@pytest.mark.parametrize("way", ["kernels", "flat tensors", "device"])
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad"])
+def test_overflown_lanes_leave_out_the_step(optimizer, clip, way):
+    """Moments and counts of steps as well; `device` is how a GPU takes the step."""
+
+    def spec(number):
+        half = {"precision": "float16"} if f"m{number}" in OVERFLOWS else {}
+        kwargs = {"lr": 0.1 / (number + 1)}
+        return TrainingSpec(
+            optimizer=optimizer, optimizer_kwargs=kwargs, grad_clip_norm=clip, **half
+        )
+
+    given = [spec(number) for number in range(4)]
+    lanes = Lanes(given, dtype=torch.float32 if way == "device" else torch.float64)
+    alone = Alone(lanes, given)
+    generator = torch.Generator().manual_seed(6)
+    scales = {name: LossScale(given[0], torch.device("cpu")) for name in OVERFLOWS}
+    scaling = Scaling(scales)
+    lanes.updates = arranged(lanes, generator, way, scaling)
+    for step in range(8):
+        gradients = draw_gradients(lanes, generator)
+        bad = [step in OVERFLOWS.get(name, ()) for name in lanes.names]
+        alone.step(gradients, skip=bad)
+        for name, scale in scales.items():
+            scale.found_inf.fill_(step in OVERFLOWS[name])
+        lanes.left_out = {name for name, poison in zip(lanes.names, bad) if poison}
+        lanes.step(poisoned(gradients, bad))
+    rounding = {"rtol": 1e-5, "atol": 1e-6} if way == "device" else {"rtol": 1e-9, "atol": 1e-11}
+    assert_equal(lanes, alone, **rounding)
+    lanes.updates.sync()
+    for ours, theirs in zip(lanes.updaters.values(), alone.updaters):
+        left, right = (updater.optimizer.state_dict()["state"] for updater in (ours, theirs))
+        for index, state in right.items():
+            assert state.get("step") == left[index].get("step")
+
+
+def poisoned(gradients, bad):
+    return [
+        [None if g is None else g * math.inf if poison else g for g in row]
+        for row, poison in zip(gradients, bad)
+    ]
+
+
+def arranged(lanes, generator, way, scaling):
+    """Updates of lanes, without torch's fused kernels if need be."""
+    lanes.give(draw_gradients(lanes, generator))
+    accelerator = accelerator_for(torch.device("cpu")) if way == "device" else None
+    updates = Updates(lanes.updaters, lanes.leaves, accelerator, scaling)
+    for flat in updates._flats if way == "flat tensors" else ():
+        flat.kind = replace(flat.kind, fused=None)
+    return updates
 
 
 def test_no_gradient_means_no_step_not_even_weight_decay():
