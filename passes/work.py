@@ -75,17 +75,22 @@ def estimate_work(graph: Graph, ceilings: Ceilings | None = None) -> Mapping[str
         Every node of each model's training program with the largest batch; sources and views
         take no time.
     """
+    return step_seconds(training_step(graph), ceilings)
+
+
+def step_seconds(step: Graph, ceilings: Ceilings | None = None) -> Mapping[str, float]:
+    """`estimate_work` of a graph that is a `training_step` already."""
     limits = ceilings or Ceilings()
-    return {name: work.seconds(limits) for name, work in count_nodes(graph).items()}
+    return {name: work.seconds(limits) for name, work in _count_step(step).items()}
 
 
 def count_models(graph: Graph) -> Mapping[ModelId, Work]:
-    """The operations, bytes and kernels of a training step of each model trained alone.
+    """The operations, bytes and kernels of each model's training step.
 
-    What several models share counts for each of them.
+    What several models share counts for each of them; the kernels of a group count in parts.
     """
     step = training_step(graph)
-    counted = count_nodes(graph)
+    counted = _count_step(step)
     totals = {output.model: Work() for output in graph.outputs}
     for node in step.nodes:
         for model in node.owners:
@@ -102,7 +107,10 @@ def count_nodes(graph: Graph) -> Mapping[str, Work]:
 
     Source: the roofline model, Williams, Waterman and Patterson, CACM 2009.
     """
-    step = training_step(graph)
+    return _count_step(training_step(graph))
+
+
+def _count_step(step: Graph) -> Mapping[str, Work]:
     types = {node.name: node.types for node in step.nodes}
     learning = needing_gradients(step)
     behind = _reaching(step, "loss")
