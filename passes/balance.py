@@ -145,8 +145,8 @@ class Plan:
     def fits(self, items: Ints) -> NDArray[np.bool_]:
         """Whether all of these items together fit into the memory of each bin, (k,)."""
         sizes = self.sizes
-        needed = sizes.needs[items].any(axis=0)[:, None] & (self.hosts == 0)
-        shared = sizes.share_held @ needed
+        needed = sizes.needs[items].max(axis=0) > 0
+        shared = sizes.share_held @ ((self.hosts == 0) * needed[:, None])
         step = np.maximum(self.step, sizes.step[items].max())
         fitting: NDArray[np.bool_] = (
             self.held + sizes.held[items].sum() + shared + step <= sizes.memory
