@@ -22,7 +22,7 @@ from cgo.graph import (
 )
 from cgo.passes.balance import Bin, Item, Share, pack
 from cgo.passes.sharing import pure
-from cgo.passes.work import Ceilings, estimate_work, is_view, needing_gradients, training_step
+from cgo.passes.work import Ceilings, is_view, needing_gradients, step_seconds, training_step
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,8 @@ def estimate_needs(
         its training step (a peak from above: nothing is freed before the backward); seconds by
         `estimate_work`.
     """
-    step, work = training_step(graph), estimate_work(graph, ceilings)
+    step = training_step(graph)
+    work = step_seconds(step, ceilings)
     state: dict[ModelId, int] = {output.model: 0 for output in graph.outputs}
     active = dict.fromkeys(state, 0)
     seconds = dict.fromkeys(state, 0.0)
@@ -252,14 +253,15 @@ class _Problem:
         self.needs = needs
         self.targets = sorted(targets, key=lambda target: (-target.speed, target.name))
         self.rate = rate
-        self.stems = _stems(graph, needs)
+        step = training_step(graph)
+        self.stems = _stems(graph, step, needs)
         self.stems_of: dict[ModelId, list[int]] = {model: [] for model in self.models}
         for index, stem in enumerate(self.stems):
             for model in stem.owners:
                 self.stems_of[model].append(index)
         self.own_s = {model: self._own_s(model) for model in self.models}
         self.shares = [self._share(stem) for stem in self.stems]
-        groups = _groups(graph)
+        groups = _groups(step)
         self.items = [self._item(model, frozenset(groups[model])) for model in self.models]
         self.bins = [Bin(target.speed, target.memory_bytes) for target in self.targets]
 
@@ -372,19 +374,19 @@ def _read(stem: _Stem, models: set[ModelId], computed: set[_Stem]) -> list[_Valu
     ]
 
 
-def _groups(graph: Graph) -> Mapping[ModelId, set[str]]:
-    """The groups of the training step that each model has nodes in."""
+def _groups(step: Graph) -> Mapping[ModelId, set[str]]:
+    """The groups that each model has nodes in."""
     found: dict[ModelId, set[str]] = defaultdict(set)
-    for node in training_step(graph).nodes:
+    for node in step.nodes:
         if node.group is not None:
             for model in node.owners:
                 found[model].add(node.group)
     return found
 
 
-def _stems(graph: Graph, needs: Mapping[ModelId, Need]) -> list[_Stem]:
+def _stems(graph: Graph, step: Graph, needs: Mapping[ModelId, Need]) -> list[_Stem]:
     """What several models share, users before producers; a producer has all its users' owners."""
-    step, work = training_step(graph), estimate_work(graph)
+    work = step_seconds(step)
     steady = _steady(graph, step)
     found: dict[tuple[frozenset[ModelId], bool], _Stem] = {}
     totals: dict[frozenset[ModelId], float] = defaultdict(float)
