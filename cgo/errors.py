@@ -35,6 +35,10 @@ class PassError(CgoError):
     """A pass failed, or returned a graph that does not verify; names the pass."""
 
 
+class PlacementError(CgoError):
+    """Models cannot be placed on devices: no target, or a size, speed or time that is none."""
+
+
 class GraphDataError(CgoError):
     """A GraphData document was refused."""
 
