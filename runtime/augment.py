@@ -55,7 +55,10 @@ class Augmentation:
         return {**leaves, **self._checked(output, leaves)}
 
     def _checked(self, output: Any, leaves: Leaves) -> dict[str, Tensor]:
-        changed = named_leaves("input", output)
+        try:
+            changed = named_leaves("input", output)
+        except DataError as error:
+            raise DataError(f"what augment {self._spec.augment} returned: {error}") from error
         given = {name: leaf for name, leaf in leaves.items() if name.partition(".")[0] == "input"}
         if set(changed) != set(given):
             raise DataError(

@@ -100,6 +100,8 @@ class Copied:
 
     def __init__(self, source: Source, device: torch.device, *, ahead: bool) -> None:
         self._source, self._device, self._ahead = source, device, ahead
+        # One stream for all epochs: torch keeps freed memory for the stream that it was taken on.
+        self._copies = _SideStream(device) if device.type == "cuda" else _Direct(device)
 
     def batches(self, epoch: int, order: Tensor, sizes: Sequence[int]) -> Iterator[Leaves]:
         """The batches of the source, on the device."""
@@ -109,10 +111,9 @@ class Copied:
         return self._fetched(found)
 
     def _fetched(self, found: Iterator[Leaves]) -> Iterator[Leaves]:
-        copies = _SideStream(self._device) if self._device.type == "cuda" else _Direct(self._device)
-        with Prefetcher(map(copies.start, found)) as ahead:
+        with Prefetcher(map(self._copies.start, found)) as ahead:
             for started in ahead:
-                yield copies.finish(started)
+                yield self._copies.finish(started)
 
 
 def _moved(leaves: Leaves, device: torch.device) -> Leaves:
