@@ -50,9 +50,9 @@ def train_alone(spec: dict[str, Any]) -> float:
     """Train one model as a user would by hand; returns seconds over all epochs."""
     data, training = spec["data"], spec["training"]
     train, validation = resolve(data["source"])(**data["kwargs"])
-    augment = (
-        resolve(data["augment"])(**data.get("augment_kwargs", {})) if data.get("augment") else None
-    )
+    augment = None
+    if "augment" in data:
+        augment = resolve(data["augment"])(**data.get("augment_kwargs", {}))
     torch.manual_seed(spec["seed"])
     net = resolve(spec["module"])(**spec["kwargs"])
     loss_of = loss_function(training["loss"])

@@ -1,6 +1,7 @@
 """Batches made ahead of their use."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -82,6 +83,8 @@ def test_items_are_made_ahead_but_no_more_than_asked(depth):
     items = Counted(20, due=depth)
     with Prefetcher(items, depth) as ahead:
         assert items.reached.wait(60)  # though nothing was asked for
+        time.sleep(0.05)  # for one too many
+        assert items.made == depth
         for taken in range(5):
             assert next(ahead) == taken
             assert items.made <= taken + 1 + depth
@@ -98,6 +101,21 @@ def test_a_consumer_that_raises_ends_the_thread():
     with pytest.raises(KeyError, match="0"):
         consume()
     assert list(ahead) == []
+
+
+def test_leaving_waits_for_the_item_that_is_being_made():
+    began = threading.Event()
+
+    def slow():
+        yield 0
+        began.set()
+        time.sleep(0.2)
+        yield 1
+
+    with Prefetcher(slow()) as ahead:
+        assert next(ahead) == 0
+        assert began.wait(60)
+    assert not threads()
 
 
 def source():
