@@ -109,7 +109,8 @@ def epoch_order(spec: DataSpec, samples: int, epoch: int) -> Tensor:
 class Loader:
     """Batches of one data spec, made once for all models that use it.
 
-    Where the data are kept is a matter of speed alone: the batches are the same, bit for bit.
+    Where the data are kept is a matter of speed alone: the batches are the same, bit for bit; but
+    for data sets that augment by themselves and are said to be resident (see `DataSpec`).
 
     - On the device, once for all epochs: a `TensorDataset` of at most a quarter of what is free
       there, and what the spec says is resident. A step then copies nothing.
