@@ -236,8 +236,8 @@ class _Engine(AbstractExecutionEngine):
         for model in models:
             training = model.training
             paths = (
-                model.module, model.data.source, training.loss, training.optimizer,
-                training.scheduler, *training.metrics,
+                model.module, model.data.source, model.data.augment, training.loss,
+                training.optimizer, training.scheduler, *training.metrics,
             )  # fmt: skip
             named |= {p: None for p in paths if isinstance(p, str) and is_import_path(p)}
         roots = dict.fromkeys((*self._import_paths, *import_roots(named), *_script_folder()))

@@ -12,7 +12,14 @@ from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 
 from cgo.errors import SpecError
@@ -84,6 +91,27 @@ class DataSpec:
         drop_last: Leave out the last, smaller training batch. Validation is always complete.
         seed: Seed of the order, of the source and of augmentation.
         num_workers: Loader processes; 0 loads in the trial's own.
+        resident: Whether the data are kept on the device and batched there. None: where both
+            are possible without asking, that is a `TensorDataset` of at most a quarter of the
+            device's free memory. True: every sample is read once, as epoch 0 reads it, so random
+            augmentation inside the data set would stay what it was then; data of more than half
+            of the free memory are refused. False: never.
+        augment: "package.module:callable" returning an `nn.Module` that changes the inputs of
+            training batches, once a batch for all models, on the device. It is called as a model
+            is and returns what it was given: a tensor, or as many in a tuple or under the same
+            names in a dict. Shapes and dtypes may change, the number of samples may not.
+        augment_kwargs: JSON keyword arguments of that callable.
+
+    Batch `b` (from 0) of epoch `e` is augmented, before any model casts it, as by::
+
+        key = int(np.random.SeedSequence((seed, e, b)).generate_state(1, np.uint64)[0]) >> 1
+        torch.manual_seed(key), np.random.seed(key % 2**32), random.seed(key)
+        with torch.no_grad():
+            inputs = module(inputs)
+
+    after which the streams are what they were. `module` is built once, right after
+    `torch.manual_seed(seed)`, and stays in the modes in which it was returned. A trial that goes
+    on after a crash builds it again, so it must carry nothing from batch to batch.
 
     Raises:
         SpecError: a field is refused; the message names it.
@@ -96,24 +124,38 @@ class DataSpec:
     drop_last: bool = False
     seed: int = Field(default=0, ge=0, lt=2**63)
     num_workers: int = Field(default=0, ge=0, le=256)
+    resident: bool | None = None
+    augment: str | None = None
+    augment_kwargs: dict[str, Any] = Field(default_factory=dict)
 
-    @field_validator("source")
+    @field_validator("source", "augment")
     @classmethod
-    def _source(cls, source: str) -> str:
-        found = resolve(source, field="source")
-        if not callable(found):
-            raise ValueError(f"{source!r} is not callable")
-        return source
+    def _callables(cls, path: str | None, info: ValidationInfo) -> str | None:
+        if path is not None and not callable(resolve(path, field=str(info.field_name))):
+            raise ValueError(f"{path!r} is not callable")
+        return path
 
-    @field_validator("kwargs")
+    @field_validator("kwargs", "augment_kwargs")
     @classmethod
     def _kwargs(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
         return canonical_json(kwargs, what="kwargs")
+
+    @model_validator(mode="after")
+    def _augmentation(self) -> DataSpec:
+        if self.augment is None and self.augment_kwargs:
+            raise ValueError("augment_kwargs: given without an augment")
+        return self
 
     @property
     def digest(self) -> str:
         """Equal for equal specs; names the loader in a graph."""
         return digest_of(as_json(self))
+
+
+#: Fields that came after journals were written, and their defaults.
+LATER_FIELDS: dict[type, dict[str, Any]] = {
+    DataSpec: {"resident": None, "augment": None, "augment_kwargs": {}}
+}
 
 
 @_raises_spec_error
@@ -292,10 +334,14 @@ def _check_signature(field: str, found: Callable[..., Any], kwargs: Mapping[str,
 
 
 def as_json(spec: DataSpec | TrainingSpec) -> dict[str, Any]:
-    """A spec as JSON values."""
-    return canonical_json(
-        {name: getattr(spec, name) for name in spec.__dataclass_fields__}, what="a spec"
-    )
+    """A spec as JSON values; fields that came later are left out where they are at their default.
+
+    So the digests of older specs stay, by which a journal finds its results.
+    """
+    values = {name: getattr(spec, name) for name in spec.__dataclass_fields__}
+    later = LATER_FIELDS.get(type(spec), {})
+    kept = {k: v for k, v in values.items() if k not in later or v != later[k]}
+    return canonical_json(kept, what="a spec")
 
 
 def digest_of(value: Any) -> str:

@@ -92,7 +92,9 @@ class Planner:
         captured graph and weights.
         """
         common = [as_json(model.data), as_json(model.training), model.seed]
-        common += [_source_hash(path) for path in (model.data.source, model.training.loss)]
+        named = [model.data.source, model.training.loss]
+        named += [model.data.augment] if model.data.augment else []
+        common += [_source_hash(path) for path in named]
         if isinstance(model.module, str):
             return digest_of([model.module, _source_hash(model.module), model.kwargs, *common])
         try:

@@ -27,7 +27,7 @@ from cgo.errors import StoreError
 from cgo.events import Event
 from cgo.graph import ModelId
 from cgo.graph_data import file_sha256
-from cgo.model import DataSpec, Model, ModelStatus, TrainingSpec, as_json
+from cgo.model import LATER_FIELDS, DataSpec, Model, ModelStatus, TrainingSpec, as_json
 from cgo.platforms.base import TrialId
 
 JOURNAL = "journal.sqlite"
@@ -369,6 +369,6 @@ def _unchecked_model(model_id: ModelId, spec: Mapping[str, Any]) -> Model:
 
 def _unchecked(cls: type[Any], values: Mapping[str, Any]) -> Any:
     spec = object.__new__(cls)
-    for name, value in values.items():
+    for name, value in (LATER_FIELDS.get(cls, {}) | dict(values)).items():
         object.__setattr__(spec, name, tuple(value) if name == "metrics" else value)
     return spec

@@ -43,8 +43,13 @@ def train_alone(
     precision="float32",
     loss_scale=2.0**16,
     loss_scale_growth_interval=2000,
+    augment=None,
 ):
-    """Train one model; `data` is (train, validation), each (inputs, targets) as whole tensors."""
+    """Train one model; `data` is (train, validation), each (inputs, targets) as whole tensors.
+
+    `augment(inputs, epoch, number)` gives what the training batch of that number becomes; it leaves
+    the random streams as they are.
+    """
     (inputs, targets), (val_inputs, val_targets) = data
     double = precision == "float64"
     torch.manual_seed(seed)
@@ -77,11 +82,14 @@ def train_alone(
         total, lr = 0.0, opt.param_groups[0]["lr"]
         n = len(targets)
         order = torch.randperm(n, generator=torch.Generator().manual_seed(data_seed + epoch))
-        for batch in order.split(batch_size):
+        for number, batch in enumerate(order.split(batch_size)):
             if drop_last and len(batch) < batch_size:
                 break
             opt.zero_grad()
-            value, _ = step_loss(_pick(inputs, batch), _pick(targets, batch))
+            x = _pick(inputs, batch)
+            if augment is not None:
+                x = augment(x, epoch, number)
+            value, _ = step_loss(x, _pick(targets, batch))
             scaler.scale(value).backward()
             scaler.unscale_(opt)
             if not run.gradients:

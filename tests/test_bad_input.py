@@ -47,6 +47,18 @@ def test_training_specs_are_refused_by_field(fields, message):
         ({"source": "__main__:data"}, "source: .*lives in the script being run.*move it"),
         ({"source": "support.small:points", "batch_size": 0}, "batch_size: Input should be"),
         ({"source": "support.small:points", "seed": -1}, "seed: Input should be"),
+        (
+            {"source": "support.small:points", "augment": "support.augments:missing"},
+            "augment: module 'support.augments' has no 'missing'",
+        ),
+        (
+            {"source": "support.small:points", "augment": "os:sep"},
+            "augment: 'os:sep' is not callable",
+        ),
+        (
+            {"source": "support.small:points", "augment_kwargs": {"scale": 1}},
+            "augment_kwargs: given without an augment",
+        ),
     ],
 )
 def test_data_specs_are_refused_by_field(fields, message):

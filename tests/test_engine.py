@@ -19,6 +19,7 @@ from cgo.errors import (
     SpecError,
     WaitTimeoutError,
 )
+from cgo.planner import Planner
 from cgo.platforms.local import LocalPlatform
 
 WAIT_S = 120
@@ -335,3 +336,23 @@ def test_a_trial_reads_the_experiments_settings(tmp_path):
     assert a.error is None
     with pytest.raises(cgo.errors.TrialError, match="only there inside a trial"):
         cgo.trial.experiment_config()
+
+
+def test_a_trial_finds_an_augmentation_whose_source_counts_as_content(tmp_path, monkeypatch):
+    home = tmp_path / "modules"
+    home.mkdir()
+    (home / "fresh_augment.py").write_text("from support.augments import Jitter as build\n")
+    monkeypatch.syspath_prepend(str(home))
+    data = cgo.DataSpec(
+        "support.small:points", batch_size=16, augment="fresh_augment:build",
+        augment_kwargs={"scale": 3.0}, resident=True,
+    )  # fmt: skip
+    plain, augmented = model("plain"), model("augmented", data=data)
+    with cgo.CGOEngine(tmp_path / "experiment") as engine:
+        engine.submit_models(plain, augmented)
+        engine.wait_models(timeout_s=WAIT_S)
+    assert augmented.status is ModelStatus.TRAINED, augmented.error
+    assert augmented.history[0]["train_loss"] != plain.history[0]["train_loss"]
+    before = Planner().content(augmented)
+    (home / "fresh_augment.py").write_text("from support.augments import Widen as build\n")
+    assert Planner().content(augmented) != before

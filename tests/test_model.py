@@ -37,6 +37,23 @@ def test_the_digest_is_equal_exactly_for_equal_specs(batch, shuffle, drop, seed,
     assert (spec.digest == POINTS.digest) == (spec == POINTS)
 
 
+def test_fields_that_came_later_leave_the_digests_of_older_specs_alone():
+    assert POINTS.digest == "1f3b909002727e84"  # as journals have it
+    assert set(as_json(POINTS)) == {
+        "source", "kwargs", "batch_size", "shuffle", "drop_last", "seed", "num_workers",
+    }  # fmt: skip
+    jitter = {"augment": "support.augments:Jitter"}
+    later = [
+        cgo.DataSpec("support.small:points", batch_size=16, **fields)
+        for fields in (
+            {"resident": True}, {"resident": False}, jitter,
+            {**jitter, "augment_kwargs": {"scale": 2}},
+        )
+    ]  # fmt: skip
+    assert len({spec.digest for spec in (POINTS, *later)}) == 5
+    assert [cgo.DataSpec(**as_json(spec)) for spec in later] == later
+
+
 def test_names_resolve_to_torch_or_to_import_paths():
     assert loss_function("mse_loss") is torch.nn.functional.mse_loss
     assert loss_function("support.losses:smoothed").__name__ == "smoothed"

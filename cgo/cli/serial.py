@@ -50,6 +50,9 @@ def train_alone(spec: dict[str, Any]) -> float:
     """Train one model as a user would by hand; returns seconds over all epochs."""
     data, training = spec["data"], spec["training"]
     train, validation = resolve(data["source"])(**data["kwargs"])
+    augment = None
+    if "augment" in data:
+        augment = resolve(data["augment"])(**data.get("augment_kwargs", {}))
     torch.manual_seed(spec["seed"])
     net = resolve(spec["module"])(**spec["kwargs"])
     loss_of = loss_function(training["loss"])
@@ -61,6 +64,9 @@ def train_alone(spec: dict[str, Any]) -> float:
         generator = torch.Generator().manual_seed(data["seed"] + epoch)
         for batch in torch.randperm(len(train), generator=generator).split(data["batch_size"]):
             inputs, targets = train[batch]
+            if augment is not None:
+                with torch.no_grad():
+                    inputs = augment(inputs)
             optimizer.zero_grad()
             loss_of(net(inputs), targets).backward()
             optimizer.step()

@@ -1,6 +1,7 @@
 """Data sets, their order and the shared loader."""
 
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -9,14 +10,28 @@ from support import small
 
 import cgo
 from cgo.errors import DataError
-from cgo.runtime.data import Loader, call_arguments, epoch_order, flatten, open_data, target_of
+from cgo.runtime.data import Loader, epoch_order, open_data
+from cgo.runtime.resident import free_memory
 
-CPU = torch.device("cpu")
+CPU, META = torch.device("cpu"), torch.device("meta")  # META stands for a device with own memory
+
+#: Bytes of the training points: 40 samples of 6 float32 and one int64.
+POINTS_BYTES = 40 * (6 * 4 + 8)
 
 
-def loader(source="support.small:points", kwargs=None, **spec):
+def loader(source="support.small:points", kwargs=None, *, device=CPU, free=None, **spec):
     spec.setdefault("batch_size", 16)
-    return Loader(open_data(cgo.DataSpec(source, kwargs or {}, **spec)), CPU)
+    data = open_data(cgo.DataSpec(source, kwargs or {}, **spec))
+    return Loader(data, device, free_bytes=free_memory if free is None else lambda device: free)
+
+
+def assert_same(found, expected):
+    assert len(found) == len(expected)
+    for (size, leaves), (other_size, others) in zip(found, expected):
+        assert size == other_size
+        assert list(leaves) == list(others)
+        for name, leaf in leaves.items():
+            assert torch.equal(leaf.cpu(), others[name])
 
 
 def test_epochs_visit_samples_in_the_documented_order():
@@ -78,20 +93,6 @@ def test_a_raising_sample_is_named(workers):
         list(broken.train(0))
 
 
-def test_dict_inputs_become_named_leaves_and_keyword_arguments():
-    _, leaves = next(loader("support.small:named_points").train(0))
-    assert set(leaves) == {"input.x", "input.scale", "target"}
-    positional, named = call_arguments(leaves)
-    assert positional == ()
-    assert set(named) == {"x", "scale"}
-
-
-def test_tuples_become_positional_arguments_in_order():
-    leaves = flatten(((torch.ones(2),) * 11, (torch.zeros(2), torch.ones(2))))
-    assert len(call_arguments(leaves)[0]) == 11
-    assert len(target_of(leaves)) == 2
-
-
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
@@ -105,8 +106,110 @@ def test_bad_sources_are_refused(returned, message):
         open_data(cgo.DataSpec(returned))
 
 
-def test_samples_that_are_no_pairs_are_refused():
-    with pytest.raises(DataError, match=r"must be an \(input, target\) pair"):
-        flatten(torch.ones(3))
-    with pytest.raises(DataError, match=r"target\.0 is a list"):
-        flatten((torch.ones(2), ([1, 2],)))
+def fetching():
+    return any(thread.name == "cgo-prefetch" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize(
+    ("resident", "free", "stays"),
+    [
+        (None, 4 * POINTS_BYTES, True),
+        (None, 4 * POINTS_BYTES - 1, False),
+        (True, 2 * POINTS_BYTES, True),
+        (False, 2**40, False),
+    ],
+)
+def test_tensors_that_fit_stay_on_the_device_and_others_are_copied_ahead(resident, free, stays):
+    which = loader(device=META, free=free, resident=resident)
+    batches = which.train(0)
+    size, leaves = next(batches)
+    assert fetching() is not stays  # a thread has room for two more, and may then end by itself
+    assert leaves["input"].device == META
+    assert leaves["input"].shape == (size, 6)
+    assert [size for size, _ in batches] == [16, 8]
+    assert not fetching()
+
+
+@pytest.mark.parametrize("source", ["points", "named_points"])
+def test_data_that_must_stay_but_do_not_fit_are_refused(source):
+    which = loader(f"support.small:{source}", device=META, free=2 * POINTS_BYTES - 2, resident=True)
+    with pytest.raises(DataError, match=r"takes 0\.00\d MiB and may take 0\.001 MiB on meta"):
+        next(which.train(0))
+
+
+@pytest.mark.parametrize(("workers", "ahead"), [(0, False), (1, True)])
+def test_only_what_draws_in_other_processes_is_fetched_by_a_thread(workers, ahead):
+    which = loader("support.small:noisy_points", device=META, num_workers=workers, free=2**40)
+    batches = which.train(0)
+    next(batches)
+    assert fetching() is ahead
+    del batches
+    assert not fetching()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resident_samples_are_those_that_the_loader_reads(workers):
+    spec = {"num_workers": workers, "batch_size": 7}
+    found = loader("support.small:named_points", resident=True, **spec)
+    expected = loader("support.small:named_points", **spec)
+    for epoch in range(2):
+        assert_same(list(found.train(epoch)), list(expected.train(epoch)))
+    assert_same(list(found.validation()), list(expected.validation()))
+
+
+def test_resident_samples_are_read_once_as_in_epoch_0():
+    found = loader("support.small:noisy_points", resident=True, shuffle=False)
+    loaded = loader("support.small:noisy_points", shuffle=False)
+    first = list(loaded.train(0))
+    for epoch in range(2):
+        assert_same(list(found.train(epoch)), first)
+
+
+def test_an_example_reads_one_batch_only():
+    which = loader(
+        "support.small:broken_points", {"bad": 23}, resident=True, shuffle=False, batch_size=20
+    )
+    assert which.example("train", 20)["input"].shape == (20, 6)
+    with pytest.raises(DataError, match="sample 23 of the train data raised"):
+        next(which.train(0))
+
+
+@pytest.mark.parametrize("resident", [None, True])
+def test_training_batches_are_augmented_after_they_are_loaded(resident):
+    plain = loader(shuffle=False)
+    which = loader(shuffle=False, augment="support.augments:Widen", resident=resident)
+    for _ in range(2):  # what is kept is not what was augmented
+        for (_, found), (size, given) in zip(which.train(1), plain.train(1)):
+            assert found["input"].shape == (size, 7)
+            assert torch.equal(found["input"][:, :6], 2 * given["input"])
+            assert torch.equal(found["target"], given["target"])
+    assert_same(list(which.validation()), list(plain.validation()))
+
+
+def test_an_example_is_the_first_batch_augmented():
+    which = loader(augment="support.augments:Jitter")
+    _, first = next(which.train(0))
+    assert torch.equal(which.example("train", 16)["input"], first["input"])
+    assert which.example("train", 8)["input"].shape == (8, 6)
+    _, validation = next(which.validation())
+    assert torch.equal(which.example("validation", 12)["input"], validation["input"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("source", "spec"),
+    [
+        ("points", {}),
+        ("points", {"resident": False}),
+        ("noisy_points", {}),
+        ("noisy_points", {"num_workers": 2}),
+        ("named_points", {"resident": True}),
+    ],
+)
+def test_batches_on_cuda_are_those_on_the_host(cuda, source, spec):
+    found = loader(f"support.small:{source}", device=cuda, **spec)
+    expected = loader(f"support.small:{source}", **spec)
+    for epoch in range(3):
+        assert_same(list(found.train(epoch)), list(expected.train(epoch)))
+        assert_same(list(found.validation()), list(expected.validation()))
+    assert not fetching()

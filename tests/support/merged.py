@@ -33,6 +33,8 @@ class Case:
     loss: str = "cross_entropy"
     metric: str = "accuracy"
     training: dict = field(default_factory=dict)
+    data: dict = field(default_factory=dict)  # further fields of the DataSpec
+    augment: object = None  # what they do to a batch, for the oracle
 
     def model(self):
         data = cgo.DataSpec(
@@ -41,6 +43,7 @@ class Case:
             batch_size=self.batch_size,
             seed=self.data_seed,
             drop_last=self.drop_last,
+            **self.data,
         )
         training = cgo.TrainingSpec(loss=self.loss, metrics=(self.metric,), **self.training)
         return cgo.Model(
@@ -64,6 +67,7 @@ class Case:
             drop_last=self.drop_last,
             loss=getattr(torch.nn.functional, self.loss),
             metric=self.metric,
+            augment=self.augment,
             **self.training,
         )
 
