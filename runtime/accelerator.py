@@ -86,6 +86,11 @@ class Accelerator(Protocol):
         """Give cached memory back."""
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be allocated on a device."""
+    return accelerator_for(device).free_bytes()
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on any device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):

@@ -13,11 +13,12 @@ from torch.utils.data import TensorDataset
 from cgo.errors import DataError
 from cgo.imports import resolve
 from cgo.model import DataSpec
+from cgo.runtime.accelerator import free_memory
 from cgo.runtime.augment import Augmentation
 from cgo.runtime.leaves import Leaves, call_arguments, flatten, moved, target_of
 from cgo.runtime.prefetch import Copied, Source
 from cgo.runtime.randomness import preserved_random_state, seed_all
-from cgo.runtime.resident import Resident, bytes_of, free_memory
+from cgo.runtime.resident import Resident, bytes_of
 from cgo.runtime.samples import Samples
 
 __all__ = [

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-import psutil
 import torch
 from torch import Tensor
 
 from cgo.errors import DataError
 from cgo.runtime.leaves import Leaves, moved
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device; of the host where it is no CUDA device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
 
 
 def bytes_of(leaves: Leaves) -> int:

@@ -20,6 +20,7 @@ from cgo.runtime import checkpoint
 from cgo.runtime.cohort import Cohort
 from cgo.runtime.device_lanes import Observer
 from cgo.runtime.member import Member, Report
+from cgo.runtime.placing import place_models
 from cgo.runtime.precision import tf32
 from cgo.runtime.tuning import Record, make_tuner
 from cgo.tuning import Tuning
@@ -80,8 +81,9 @@ class _Trial:
         started = time.perf_counter()
         self.data, self.folder, self.report = data, folder, report
         self.members: dict[ModelId, Member] = {}
+        places = place_models(data, devices, self._tell)
         for entry in data.models:
-            member = self._member(entry, devices[0])
+            member = self._member(entry, places[entry.id])
             if member is not None:
                 self.members[entry.id] = member
         self._resume()

@@ -24,10 +24,6 @@ OPTIMIZERS = {
 }
 
 
-def told(merged, what):
-    return [e.value for e in merged.events if e.kind == "trial" and e.value["what"] == what]
-
-
 def check(cases, folder, tuning=CAPTURED):
     merged = Merged(cases, folder, tuning=tuning)
     for case in cases:
@@ -51,8 +47,8 @@ def test_schedules_and_counts_of_steps_are_read_anew(optimizer, tmp_path):
         given["grad_clip_norm"] = 0.3 if number else None
         cases.append(Case(f"m{number}", "mlp", {"dropout": 0.2}, seed=number, training=given))
     merged = check(cases, tmp_path)
-    assert "train/32" in {value["program"] for value in told(merged, "captured")}
-    assert told(merged, "eager") == []
+    assert "train/32" in {value["program"] for value in merged.told("captured")}
+    assert merged.told("eager") == []
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -69,7 +65,7 @@ def test_float32_steps_by_kernels_that_read_rates_and_counts_from_the_device(tmp
         given |= {"scheduler_kwargs": {"gamma": 0.7}, "scheduler_interval": "step"}
         cases.append(Case(f"m{number}", "mlp", seed=number, training=given))
     merged = Merged(cases, tmp_path, tuning=CAPTURED)
-    assert told(merged, "captured")
+    assert merged.told("captured")
     for case in cases:
         alone = case.alone()
         torch.testing.assert_close(
@@ -86,7 +82,7 @@ def test_float16_scales_live_on_the_device(tmp_path):
         given["optimizer_kwargs"] = {**OPTIMIZERS[optimizer], "lr": 0.003}
         cases.append(Case(f"m{number}", "mlp", seed=number, training=given))
     merged = Merged(cases, tmp_path, tuning=CAPTURED)
-    assert told(merged, "captured")
+    assert merged.told("captured")
     for case in cases:
         alone = case.alone()
         assert min(alone.scales) < half["loss_scale"]
@@ -99,7 +95,7 @@ def test_float16_scales_live_on_the_device(tmp_path):
 
 def test_evaluation_is_captured_once_it_was_run(tmp_path):
     merged = check([Case("m", "cnn", training=training(epochs=6))], tmp_path)
-    programs = [value["program"] for value in told(merged, "captured")]
+    programs = [value["program"] for value in merged.told("captured")]
     assert any(program.startswith("validation/") for program in programs)
     assert len(programs) == len(set(programs))
 
@@ -108,7 +104,7 @@ def test_a_smaller_last_batch_is_captured_as_a_program_of_its_own(tmp_path):
     case = Case("m", "mlp", {"dropout": 0.1}, source_kwargs={"samples": 140}, batch_size=48,
                 training=training(epochs=6))  # fmt: skip
     merged = check([case], tmp_path)
-    programs = {value["program"] for value in told(merged, "captured")}
+    programs = {value["program"] for value in merged.told("captured")}
     assert {"train/48", "train/44"} <= programs
 
 
@@ -118,7 +114,7 @@ def test_models_that_end_early_leave_a_step_that_is_captured_anew(tmp_path):
         Case("long", "mlp", seed=2, training=training(epochs=5)),
     ]
     merged = check(cases, tmp_path)
-    counts = [v["models"] for v in told(merged, "captured") if v["program"] == "train/32"]
+    counts = [v["models"] for v in merged.told("captured") if v["program"] == "train/32"]
     assert counts == [2, 1]
 
 
@@ -133,7 +129,7 @@ def test_opaque_lanes_and_other_optimizers_step_beside_the_captured_step(tmp_pat
     ]
     merged = check(cases, tmp_path)
     assert set(merged.plan.report.opaque) == {"opaque"}
-    assert {value["models"] for value in told(merged, "captured")} == {2}
+    assert {value["models"] for value in merged.told("captured")} == {2}
 
 
 def test_a_diverging_model_fails_alone_and_changes_no_bit_of_its_neighbour(tmp_path):

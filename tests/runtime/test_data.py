@@ -10,8 +10,8 @@ from support import small
 
 import cgo
 from cgo.errors import DataError
+from cgo.runtime.accelerator import free_memory
 from cgo.runtime.data import Loader, epoch_order, open_data
-from cgo.runtime.resident import free_memory
 
 CPU, META = torch.device("cpu"), torch.device("meta")  # META stands for a device with own memory
 

@@ -8,8 +8,9 @@ from support.small import Listed
 
 import cgo
 from cgo.errors import DataError
+from cgo.runtime.accelerator import free_memory
 from cgo.runtime.leaves import flatten
-from cgo.runtime.resident import Resident, bytes_of, free_memory
+from cgo.runtime.resident import Resident, bytes_of
 from cgo.runtime.samples import Samples
 
 CPU = torch.device("cpu")

@@ -82,9 +82,10 @@ class Merged:
         settings = {"tuning": tuning.as_json()}
         self.plan = planner.plan([case.model() for case in cases], folder, settings)
         assert not self.plan.failures, self.plan.failures
-        self.metrics = trial.execute(
-            self.plan.graph_data, folder=folder, report=self.events.append, observer=self
-        )
+        self.metrics = self.run(self.plan.graph_data, folder=folder, report=self.events.append)
+
+    def run(self, data, **given):
+        return trial.execute(data, observer=self, **given)
 
     def on_loss(self, model, step, loss):
         self.losses.setdefault(model, []).append(float(loss))
@@ -94,6 +95,9 @@ class Merged:
             self.gradients[model] = {
                 name: None if value is None else value.clone() for name, value in gradients.items()
             }
+
+    def told(self, what):
+        return [e.value for e in self.events if e.kind == "trial" and e.value["what"] == what]
 
     def history(self, id_):
         return [e.value for e in self.events if e.model == id_ and e.kind == "epoch"]

@@ -1,0 +1,87 @@
+"""Which model of a trial is trained on which device."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from cgo.graph import ModelId
+from cgo.graph_data import GraphData, ModelEntry
+from cgo.passes.place import Need, Target, estimate_needs, place
+from cgo.runtime.accelerator import accelerator_for
+from cgo.runtime.steps import moments_of
+
+#: Of a device's free memory, what models are planned to take.
+FILLED = 0.9
+
+
+def place_models(
+    data: GraphData,
+    devices: Sequence[torch.device],
+    tell: Callable[..., None] = lambda what, **figures: None,
+) -> dict[ModelId, torch.device]:
+    """Divide a document's models among devices, by estimated memory and work.
+
+    Args:
+        data: The trial's document.
+        devices: Where models may go; what other processes use of them is respected.
+        tell: Hears of the plan, as JSON values.
+
+    Returns:
+        A device for every model. One that seems to fit on none goes to the one with most memory:
+        if it does run out there, that is its own failure.
+    """
+    if len(devices) == 1:
+        return {entry.id: devices[0] for entry in data.models}
+    free = [accelerator_for(device).free_bytes() for device in devices]
+    targets = [Target(str(i), int(FILLED * size)) for i, size in enumerate(free)]
+    placement = place(data.graph, _needs(data), targets)
+    largest = devices[free.index(max(free))]
+    found = {
+        entry.id: devices[int(placement.targets[entry.id])]
+        if entry.id in placement.targets
+        else largest
+        for entry in data.models
+    }
+    tell(
+        "placed",
+        models=[sum(device == there for there in found.values()) for device in devices],
+        makespan_s=placement.makespan_s,
+        bound_s=placement.bound_s,
+        too_large=dict(placement.unplaced),
+    )
+    return found
+
+
+def _needs(data: GraphData) -> Mapping[ModelId, Need]:
+    moments = {
+        entry.id: moments_of(entry.training.optimizer, entry.training.optimizer_kwargs)
+        for entry in data.models
+    }
+    needs = dict(estimate_needs(data.graph, moments=moments))
+    # An opaque model has no graph to read its work from: it is taken for an average one.
+    known = [need.work_s for need in needs.values() if need.work_s]
+    average = statistics.mean(known) if known else 1.0
+    for entry in data.models:
+        if entry.opaque is not None or entry.id not in needs:
+            needs[entry.id] = Need(state_bytes(entry, moments[entry.id]), 0, average)
+    return needs
+
+
+def state_bytes(entry: ModelEntry, moments: int) -> int:
+    """What a model holds all the time it trains: parameters, gradients, moments and buffers.
+
+    Args:
+        entry: The model in its document.
+        moments: Tensors of optimizer state for each parameter.
+    """
+    size = 8 if entry.training.precision == "float64" else 4
+    found = 0
+    for state in entry.state:
+        if state.alias_of is None:
+            learns = state.kind == "parameter" and state.trainable
+            found += math.prod(state.shape) * size * (2 + moments if learns else 1)
+    return found

@@ -1,0 +1,69 @@
+"""One trial on several devices, which the CPU plays: each model as alone, wherever it is."""
+
+import torch
+from support.merged import Case, Merged, assert_equal_float64
+
+import cgo
+from cgo.runtime.cohort import Cohort
+from cgo.runtime.placing import place_models, state_bytes
+from cgo.runtime.training import train
+
+DEVICES = [torch.device("cpu", index) for index in range(3)]
+TRAINING = {"precision": "float64", "epochs": 3, "optimizer_kwargs": {"lr": 0.05, "momentum": 0.9}}
+
+
+class Spread(Merged):
+    """A merged trial on several devices."""
+
+    def run(self, data, **given):
+        return train(data, given["folder"], given["report"], observer=self, device=DEVICES)
+
+
+def cases():
+    families = ["mlp", "cnn", "mlp", "cells", "cnn", "mlp"]
+    found = [Case(f"m{n}", family, {"dropout": 0.2}, seed=n, training=TRAINING)
+             for n, family in enumerate(families)]  # fmt: skip
+    trap = Case("opaque", "trap", {"kind": "control_flow"}, training=TRAINING)
+    return [*found, trap]
+
+
+def test_models_on_several_devices_equal_training_alone(tmp_path, monkeypatch):
+    opened = []
+    plain = Cohort._open
+
+    def counted(cohort):
+        loader = plain(cohort)
+        opened.append(id(loader))
+        return loader
+
+    monkeypatch.setattr(Cohort, "_open", counted)
+    given = cases()
+    merged = Spread(given, tmp_path, tuning=cgo.Tuning(measure=False, capture=True))
+    for case in given:
+        assert_equal_float64(merged, case)
+    assert len(set(opened)) == 1  # one loader for all devices
+    assert all(placed(merged)["models"])
+    assert placed(merged)["makespan_s"] >= placed(merged)["bound_s"]
+    programs = [
+        e.value for e in merged.events if e.kind == "trial" and e.value["what"] == "captured"
+    ]
+    assert len([p for p in programs if p["program"] == "train/32"]) > 1  # one a device
+
+
+def test_a_single_device_needs_no_plan(tmp_path):
+    merged = Merged([Case("m", "mlp", training=TRAINING)], tmp_path)
+    told = []
+    found = place_models(merged.plan.graph_data, DEVICES[:1], lambda *args, **kw: told.append(args))
+    assert found == {"m": DEVICES[0]}
+    assert told == []
+
+
+def test_state_is_parameters_gradients_moments_and_buffers(tmp_path):
+    merged = Merged([Case("m", "cnn", training={**TRAINING, "epochs": 1})], tmp_path)
+    (entry,) = merged.plan.graph_data.models
+    state = merged.state("m")
+    expected = 0
+    for item in entry.state:
+        size = state[item.path].numel() * 8 if item.path in state else 8
+        expected += size * (3 if item.kind == "parameter" else 1)
+    assert state_bytes(entry, moments=1) == expected
