@@ -26,7 +26,10 @@ from cgo.passes.dedup_inputs import dedup_inputs
 from cgo.passes.dedup_stems import dedup_stems
 from cgo.passes.merge import merge
 from cgo.passes.pipeline import run_pipeline
+from cgo.passes.place import Need, estimate_needs
 from cgo.passes.unmerged import Family, unmerged
+from cgo.runtime.placing import state_bytes
+from cgo.runtime.steps import moments_of
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +119,28 @@ class Planner:
                 except CgoError as error:
                     self._failed[id_] = str(error)
         self._capture_s += time.perf_counter() - started
+
+    def fitting(self, models: Sequence[Model], most_bytes: float) -> list[Model]:
+        """The first of the models that one trial can hold in memory; at least one.
+
+        All of them keep their state while they train; activations are counted once, for the model
+        with the largest, as programs take turns where memory asks for it.
+
+        Args:
+            models: In the order in which they are to be trained; they are captured.
+            most_bytes: Of the trial's devices together.
+        """
+        self.capture(models)
+        state = largest = 0
+        for count, model in enumerate(models):
+            captured = self._captured.get(model.model_id)
+            if captured is None:  # a failure, which takes no memory
+                continue
+            need = _need(captured)
+            state, largest = state + need.state_bytes, max(largest, need.step_bytes)
+            if count and state + largest > most_bytes:
+                return list(models[:count])
+        return list(models)
 
     def plan(
         self, models: Sequence[Model], folder: Path, experiment: Mapping[str, Any] | None = None
@@ -216,6 +241,16 @@ class Planner:
         )
         data.write(folder / "graph.json")
         return data
+
+
+def _need(captured: Captured) -> Need:
+    training = captured.entry.training
+    moments = moments_of(training.optimizer, training.optimizer_kwargs)
+    state = state_bytes(captured.entry, moments)
+    if captured.graph is None:
+        return Need(state, 0, 0.0)
+    (need,) = estimate_needs(captured.graph).values()
+    return Need(state, need.step_bytes, need.work_s)
 
 
 def _write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> FileRef:

@@ -26,6 +26,7 @@ from cgo.model import Model
 from cgo.passes.batch_operators import BatchOperators
 from cgo.planner import MergeReport, Planner
 from cgo.platforms.base import Platform, TrialExit, TrialId, TrialRequest
+from cgo.runtime.placing import FILLED
 from cgo.store import Store
 
 log = logging.getLogger(__name__)
@@ -276,9 +277,9 @@ class Scheduler:
         self._end_all(work.models, f"the trial could not be planned: {text}")
 
     def _plan(self, batch: _Batch) -> None:
-        fresh = batch.models
         # All of them first: trials that run already would take the cores from what is captured.
         self._planner.capture(batch.company)
+        fresh = batch.models = self._fitting(batch)
         trial_id = self._store.next_trial_id()
         folder = self._store.trial_folder(trial_id)
         plan = self._planner.plan(fresh, folder, {**self._experiment, "trial_id": trial_id})
@@ -295,6 +296,19 @@ class Scheduler:
         models = [model for model in fresh if model.model_id in trained]
         request = TrialRequest(trial_id, Path(folder), self._import_roots(fresh))
         self._launch(_Trial(request, models, batch.alone))
+
+    def _fitting(self, batch: _Batch) -> list[Model]:
+        """The models that fit into a worker's memory; the rest of a batch is queued again."""
+        workers = self._platform.idle_workers()
+        free = workers[0].free_memory_bytes if workers else 0
+        if not free:  # a platform that does not know
+            return batch.models
+        fitting = self._planner.fitting(batch.models, FILLED * free)
+        if rest := batch.models[len(fitting) :]:
+            log.info("%d of %d models fit into memory at once", len(fitting), len(batch.models))
+            with self._wake:
+                self._queue.appendleft(_Batch(rest, company=batch.company))
+        return fitting
 
     def _known(self, model: Model) -> bool:
         """Tell a stored result at once, if there is one."""

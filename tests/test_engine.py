@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -356,3 +357,19 @@ def test_a_trial_finds_an_augmentation_whose_source_counts_as_content(tmp_path, 
     before = Planner().content(augmented)
     (home / "fresh_augment.py").write_text("from support.augments import Widen as build\n")
     assert Planner().content(augmented) != before
+
+
+def test_models_that_do_not_fit_together_are_trained_by_further_trials(tmp_path):
+    class Small(LocalPlatform):
+        """Says that it has little memory."""
+
+        def idle_workers(self):
+            return [replace(worker, free_memory_bytes=1) for worker in super().idle_workers()]
+
+    models = [model(f"m{n}", seed=n, epochs=1) for n in range(3)]
+    with cgo.CGOEngine(tmp_path, platform=Small()) as engine:
+        engine.submit_models(*models)
+        engine.wait_models()
+        assert all(found.metric is not None for found in models)
+        counts = [report.models for report in engine._scheduler.reports]
+    assert counts == [1, 1, 1]  # one is tried in any case
