@@ -115,6 +115,14 @@ class Planner:
                     self._failed[id_] = str(error)
         self._capture_s += time.perf_counter() - started
 
+    def captured(self) -> dict[ModelId, Captured]:
+        """What was captured early and is not planned yet."""
+        return dict(self._captured)
+
+    def adopt(self, captured: Mapping[ModelId, Captured]) -> None:
+        """Take over what another planner captured early, in another process say."""
+        self._captured |= captured
+
     def plan(
         self, models: Sequence[Model], folder: Path, experiment: Mapping[str, Any] | None = None
     ) -> Plan:
