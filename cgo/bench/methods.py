@@ -92,7 +92,8 @@ class Solo:
         self.loss = loss_function(training.loss)
         kind = optimizer_class(training.optimizer)
         self.optimizer = kind(self.net.parameters(), **training.optimizer_kwargs, **optimizer)
-        self.batches = itertools.cycle(batches)
+        double = training.precision == "float64"
+        self.batches = itertools.cycle([(_doubled(x) if double else x, y) for x, y in batches])
 
     def step(self) -> None:
         """Train one step, on the next batch."""
@@ -108,6 +109,10 @@ class Solo:
         """The loss of this batch."""
         value: Tensor = self.loss(self.net(x), y)
         return value
+
+
+def _doubled(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
 
 
 def batches_of(
