@@ -108,7 +108,8 @@ class Child:
     def _wait(self, states: tuple[str, ...], until: float) -> bool:
         while self.status not in states:
             try:
-                line = self._lines.get(timeout=max(0.0, until - time.monotonic()))
+                left = min(max(0.0, until - time.monotonic()), threading.TIMEOUT_MAX)
+                line = self._lines.get(timeout=left)
             except queue.Empty:
                 return False
             if line is None:

@@ -7,13 +7,13 @@ what was not yet found.
 from __future__ import annotations
 
 import inspect
-import itertools
 import json
 import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import pairwise, product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,13 @@ def described(error: BaseException) -> str:
 
 
 def plan(models: list[Model], job: Job, emit: Emit, **tuning: Any) -> GraphData:
-    """Capture and merge models, in several processes where there are several."""
+    """Capture and merge models, in several processes; or read what was planned before."""
+    known, figures = job.folder / "graph.json", job.folder / "figures.json"
+    if figures.exists():
+        data = GraphData.read(known)
+        _refuse_others(models, data, known)
+        emit({**json.loads(figures.read_text()), "planned_before": True})
+        return data
     started = time.perf_counter()
     planner = Planner()
     _capture_apart(planner, models, job.processes)
@@ -106,26 +112,39 @@ def plan(models: list[Model], job: Job, emit: Emit, **tuning: Any) -> GraphData:
     if found.graph_data is None or found.failures or found.report.opaque:
         raise NotApplicable(f"not merged: {found.failures or found.report.opaque}")
     report = found.report
-    emit({
+    told = {
         "plan_s": time.perf_counter() - started, "capture_processes": job.processes,
         "merge_s": report.merge_s, "nodes": len(found.graph_data.graph.nodes),
         "groups": report.groups, "stems_shared": report.stems_shared,
-    })  # fmt: skip
+    }  # fmt: skip
+    figures.write_text(json.dumps(told))  # last: a plan that was broken off has none
+    emit(told)
     return found.graph_data
 
 
+def _refuse_others(models: list[Model], data: GraphData, path: Path) -> None:
+    """A plan of other models, or of another version of them, is not what is to be measured."""
+    wanted = {m.model_id: (m.module, m.kwargs, m.seed, m.training, m.data.digest) for m in models}
+    found = {
+        entry.id: (entry.factory.target, dict(entry.factory.kwargs), entry.seed, entry.training,
+                   entry.data)
+        for entry in data.models
+        if entry.factory is not None
+    }  # fmt: skip
+    if wanted != found:
+        raise cgo.CgoError(f"{path} is a plan of other models; remove it, to plan anew")
+
+
 def _capture_apart(planner: Planner, models: list[Model], processes: int) -> None:
-    """Capture one model of each architecture in other processes; the rest follows from those."""
-    first: dict[str, list[Model]] = {}
-    for model in models:
-        key = json.dumps([model.module, model.kwargs, model.training.precision], sort_keys=True)
-        first.setdefault(key, []).append(model)
-    if processes < 2 or len(first) < 2:
+    """Capture in other processes, where several are given; equal architectures stay together."""
+    processes = min(processes, len(models))
+    if processes < 2:
         return
-    shares = [list(first.values())[i::processes] for i in range(processes)]
-    parts = [[m for group in share for m in group] for share in shares if share]
-    with ProcessPoolExecutor(len(parts), mp_context=get_context("spawn")) as pool:
-        for captured in pool.map(_capture, [list(map(_portable, part)) for part in parts]):
+    ordered = sorted(models, key=lambda m: (m.module, json.dumps(m.kwargs, sort_keys=True)))
+    ends = [round(i * len(ordered) / processes) for i in range(processes + 1)]
+    parts = [list(map(_portable, ordered[a:b])) for a, b in pairwise(ends)]
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        for captured in pool.map(_capture, parts):
             planner.adopt(captured)
 
 
@@ -266,7 +285,7 @@ def _run_stored(job: Job, data: GraphData, emit: Emit) -> None:
     merged_s, epochs = _trial_seconds(data, device)
     synchronize(device)
     started = time.perf_counter()
-    for loop, _ in itertools.product(loops, range(STORED_EPOCHS)):
+    for loop, _ in product(loops, range(STORED_EPOCHS)):
         loop.epoch()
     synchronize(device)
     serial_s = (time.perf_counter() - started) * len(models) / len(sample)
@@ -305,6 +324,10 @@ class EpochLoop:
             part.training = mode
 
 
+#: Seconds of the workloads that have most models or most operators.
+_BUDGETS = {"narrow": 100.0, "cells": 90.0}
+
+
 def sections(device: str) -> list[Section]:
     """All of them, in the order of their worth: what may be skipped for want of time is last."""
     deterministic = (("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),)
@@ -314,7 +337,9 @@ def sections(device: str) -> list[Section]:
         Section("ceilings", 20.0, _nothing, _ceilings),
     ]  # fmt: skip
     for name in ("cnn", "heads", "encoders", "wide", "mix", "narrow", "cells"):
-        found.append(Section(name, 60.0, _prepare_workload(name), _run_workload(name)))
+        found.append(
+            Section(name, _BUDGETS.get(name, 60.0), _prepare_workload(name), _run_workload(name))
+        )
     found.append(Section("stored", 45.0, _prepare_stored, _run_stored))
     threads = (("TORCHINDUCTOR_COMPILE_THREADS", "4"),)  # each compiles beside the others
     if device == "cuda":  # on a CPU compiling takes minutes a family
@@ -332,7 +357,12 @@ def sections(device: str) -> list[Section]:
     return found
 
 
-def processes_for(section: Section, device: str) -> int:
-    """Processes that capture for a section: only the networks that all differ need several."""
-    spare = (os.cpu_count() or 1) // 2
-    return max(1, min(8, spare)) if device == "cuda" and section.name == "cells" else 1
+#: Shares of the processors for capturing, by what it costs: each model is checked on a CPU.
+_SHARES = {"narrow": 0.4, "cells": 0.2, "heads": 0.15, "stored": 0.15}
+
+
+def processes_for(section: Section, size: str) -> int:
+    """Processes that capture for a section."""
+    if size != "full":
+        return 1
+    return max(1, round(_SHARES.get(section.name, 0.0) * (os.cpu_count() or 1)))

@@ -4,6 +4,12 @@
     python benchmarks/gpu_suite.py --device cpu --reduced      # that it runs; says nothing of a GPU
     python benchmarks/gpu_suite.py --markdown benchmarks/results/gpu_suite.json
 
+Planning (capture and merging, which need no GPU) takes minutes of many cores. It can be done
+before, on any machine; what is planned is then read:
+
+    python benchmarks/gpu_suite.py --plan-only --plans FOLDER
+    python benchmarks/gpu_suite.py --plans FOLDER
+
 Sections run in processes of their own and are written as they end: one that fails, hangs or comes
 too late says so in the results, and takes none of the others with it. The tests that need a GPU are
 a command of their own, which is printed at the end.
@@ -13,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -215,12 +222,16 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu_suite.json")
     parser.add_argument("--only", help="names of sections, with commas between")
     parser.add_argument("--rounds", type=int, default=5, help="of interleaved timing")
+    parser.add_argument("--plans", type=Path, help="a folder of plans: read, or made and kept")
+    parser.add_argument("--plan-only", action="store_true", help="make plans and measure nothing")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="print FILE as a table")
     parser.add_argument("--section", help=argparse.SUPPRESS)  # be this section's process
     parser.add_argument("--size", choices=SIZES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.size = options.size or ("reduced" if options.reduced else "full")
+    if options.plan_only and options.plans is None:
+        parser.error("--plan-only: give the folder, --plans")
     if options.rounds < 1:
         parser.error("--rounds: at least 1")
     return options
@@ -242,18 +253,32 @@ def _chosen(options: argparse.Namespace) -> list[Section]:
     return [section for section in known if section.name in wanted]
 
 
-def _starter(options: argparse.Namespace, folder: Path) -> Callable[[Section], Child]:
+def _starter(options: argparse.Namespace, plans: Path, cache: Path) -> Callable[[Section], Child]:
     def start(section: Section) -> Child:
         command = [
             sys.executable, str(Path(__file__).resolve()), "--section", section.name,
             "--device", options.device, "--size", options.size, "--rounds", str(options.rounds),
-            "--folder", str(folder / section.name.replace(":", "-")),
+            "--folder", str((plans / section.name.replace(":", "-")).resolve()),
         ]  # fmt: skip
-        tables = {"CGO_CACHE": str(folder / "cache")}  # costs are measured in this run
+        tables = {"CGO_CACHE": str(cache)}  # costs are measured in this run
         return Child(command, {**MALLOC, "OMP_NUM_THREADS": "1", **tables,
                                **dict(section.environment)})  # fmt: skip
 
     return start
+
+
+def plan_only(chosen: Sequence[Section], start: Callable[[Section], Child]) -> int:
+    """Prepare the sections that need no device for it; returns how many failed."""
+    failed = 0
+    for section in chosen:
+        if section.late:
+            continue
+        child = start(section)
+        child.wait_ready(math.inf)
+        child.end()
+        failed += child.status != READY
+        print(f"{section.name}: {child.figures.get('error', 'planned')}", flush=True)
+    return failed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -265,15 +290,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(1)
         section = next(s for s in sections(options.device) if s.name == options.section)
         job = Job(options.device, options.size, options.folder,
-                  processes_for(section, options.device), options.rounds)  # fmt: skip
+                  processes_for(section, options.size), options.rounds)  # fmt: skip
         serve(section, job)
         return 0
-    if options.device == "cuda" and not torch.cuda.is_available():
+    if options.device == "cuda" and not options.plan_only and not torch.cuda.is_available():
         raise SystemExit("no CUDA device; `--device cpu --reduced` shows that the suite runs")
     torch.set_num_threads(1)
     out = options.out or RESULTS / "gpu_suite.json"
     with tempfile.TemporaryDirectory(prefix="cgo-suite-") as folder:
-        start = _starter(options, Path(folder))
+        start = _starter(options, options.plans or Path(folder), Path(folder) / "cache")
+        if options.plan_only:
+            return int(plan_only(_chosen(options), start) > 0)
         Suite(_chosen(options), options.device, options.size, out, options.budget_s, start).run()
     print(f"results: {out}; the tests that need a GPU: python -m pytest -m gpu")
     return 0

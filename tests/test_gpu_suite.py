@@ -14,11 +14,13 @@ import torch
 from gpu_children import Child, run_here
 from gpu_counting import Ceilings, Work, forward_work, measure_ceilings, step_work, work_of
 from gpu_report import markdown, summary
-from gpu_sections import Job, Section, sections
+from gpu_sections import Job, Section, plan, sections
 from gpu_workloads import SIZES, WORKLOADS
 from torch import nn
 
 from cgo.bench.methods import NotApplicable
+from cgo.errors import CgoError
+from cgo.graph import dump
 
 CPU = torch.device("cpu")
 
@@ -171,6 +173,35 @@ def test_a_workload_is_measured_and_judged(tmp_path):
     assert parts["first_step_s"] > parts["build_s"] > 0 < parts["plan_s"]
     assert "CUDA" in parts["captured_error"]
     assert parts["estimated_peak_bytes"] is None or parts["estimated_peak_bytes"] > 0
+
+
+def test_plans_are_kept_and_a_plan_of_other_models_is_refused(tmp_path):
+    job, made, read = Job("cpu", "small", tmp_path / "cnn"), {}, {}
+    models = WORKLOADS["cnn"].build("small")
+    data = plan(models, job, made.update)
+    assert plan(models, job, read.update).graph == data.graph
+    assert read == {**made, "planned_before": True}
+    models[0].seed += 1
+    with pytest.raises(CgoError, match="a plan of other models"):
+        plan(models, job, read.update)
+
+
+@pytest.mark.long
+def test_models_captured_in_other_processes_give_the_same_graph(tmp_path):
+    models = WORKLOADS["heads"].build("small")
+    together = plan(models, Job("cpu", "small", tmp_path / "one"), lambda part: None)
+    apart = plan(models, Job("cpu", "small", tmp_path / "two", 2), lambda part: None)
+    assert dump(apart.graph) == dump(together.graph)
+    assert apart.models == together.models
+
+
+def test_planning_alone_says_what_failed(capsys):
+    names = ["good", "crash"]
+    chosen = [Section(name, 2.0, None, None) for name in names]
+    assert gpu_suite.plan_only(chosen, script) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "good: planned", "crash: its process ended with 11 before it was done",
+    ]  # fmt: skip
 
 
 def test_an_error_is_a_part_of_what_a_section_found(tmp_path):
