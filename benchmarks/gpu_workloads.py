@@ -27,7 +27,7 @@ class Workload:
     title: str
     build: Callable[[str], list[Model]]  # called with a size
     eager: float  # the plain serial loop's time over the merged time, at least
-    solo: float | None  # likewise of the best solo baseline's; None: none is measured
+    solo: float  # likewise of the best solo baseline's
     sampled: int  # models that the serial loop is measured on; the rest is scaled
     images: bool = True  # convolutions do most of the work
     trunk: str | None = None  # a part that all models share, counted once
