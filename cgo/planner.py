@@ -142,6 +142,14 @@ class Planner:
                 return list(models[:count])
         return list(models)
 
+    def captured(self) -> dict[ModelId, Captured]:
+        """What was captured early and is not planned yet."""
+        return dict(self._captured)
+
+    def adopt(self, captured: Mapping[ModelId, Captured]) -> None:
+        """Take over what another planner captured early, in another process say."""
+        self._captured |= captured
+
     def plan(
         self, models: Sequence[Model], folder: Path, experiment: Mapping[str, Any] | None = None
     ) -> Plan:

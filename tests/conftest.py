@@ -1,4 +1,4 @@
-"""Makes `support` importable, here and in trials."""
+"""Makes `support` importable, here and in trials, and the benchmarks here."""
 
 import os
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -42,8 +42,8 @@ def test_different_architectures_have_no_vmap():
 
 def test_vmap_trains_what_the_serial_loop_trains():
     models = FAMILIES["mlp"](2)
-    solo = [methods._Solo(model, methods._batches(models)[model.data.digest]) for model in models]
-    methods._loop(solo)(3)
+    solo = [methods.Solo(model, methods.batches_of(models)[model.data.digest]) for model in models]
+    methods.loop(solo)(3)
     found = []
     original = methods._Momentum
 

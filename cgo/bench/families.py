@@ -16,15 +16,23 @@ from cgo.zoo import random_cells
 BATCHES = 4
 
 
-def random_data(shape: list[int], batch_size: int) -> tuple[TensorDataset, TensorDataset]:
-    """Random inputs of a shape and random classes of ten: float32 and int64."""
+def random_data(
+    shape: list[int], batch_size: int, batches: int = BATCHES
+) -> tuple[TensorDataset, TensorDataset]:
+    """Random inputs of a shape and random classes of ten: float32 and int64.
+
+    Args:
+        shape: Of one sample.
+        batch_size: Samples a batch.
+        batches: Of training; validation is one.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def split(samples: int) -> TensorDataset:
         x = torch.randn(samples, *shape, generator=generator)
         return TensorDataset(x, torch.randint(0, 10, (samples,), generator=generator))
 
-    return split(BATCHES * batch_size), split(batch_size)
+    return split(batches * batch_size), split(batch_size)
 
 
 def mlp() -> nn.Module:

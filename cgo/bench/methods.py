@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cgo.bench.families import BATCHES
+from cgo import weights
+from cgo.graph_data import GraphData
 from cgo.model import Model, loss_function, optimizer_class
 from cgo.planner import Planner
 from cgo.runtime.data import Loader, open_data
@@ -67,8 +68,15 @@ def all_methods() -> dict[str, Method]:
 # --- the serial loop ----------------------------------------------------------------------------
 
 
-class _Solo:
-    """One model by hand: its module, its optimizer, its batches."""
+class Solo:
+    """One model by hand: its module, its optimizer, its batches.
+
+    Args:
+        model: Built by a factory.
+        batches: What it goes round over; they lie on the device that it trains on.
+        change: What is made of its module, once that lies on the device.
+        optimizer: Further arguments of the optimizer.
+    """
 
     def __init__(
         self,
@@ -80,21 +88,37 @@ class _Solo:
         assert isinstance(model.module, str)
         training = model.training
         net, _ = build_module(model.module, model.kwargs, model.seed, training.precision)
-        self.net = change(net)
+        self.net = change(net.to(batches[0][0].device))
         self.loss = loss_function(training.loss)
         kind = optimizer_class(training.optimizer)
         self.optimizer = kind(self.net.parameters(), **training.optimizer_kwargs, **optimizer)
-        self.batches = itertools.cycle(batches)
+        double = training.precision == "float64"
+        self.batches = itertools.cycle([(_doubled(x) if double else x, y) for x, y in batches])
 
     def step(self) -> None:
-        x, y = next(self.batches)
+        """Train one step, on the next batch."""
+        self.learn(*next(self.batches))
+
+    def learn(self, x: Tensor, y: Tensor) -> None:
+        """Train one step on this batch."""
         self.optimizer.zero_grad()
-        self.loss(self.net(x), y).backward()
+        self.objective(x, y).backward()
         self.optimizer.step()
 
+    def objective(self, x: Tensor, y: Tensor) -> Tensor:
+        """The loss of this batch."""
+        value: Tensor = self.loss(self.net(x), y)
+        return value
 
-def _batches(models: list[Model]) -> dict[str, list[tuple[Tensor, Tensor]]]:
-    """The batches of each data set that the models train on, in memory."""
+
+def _doubled(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
+def batches_of(
+    models: list[Model], device: torch.device = _CPU
+) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """The batches of each data set that the models train on, by its digest, in memory."""
     found = {}
     for model in models:
         spec = model.data
@@ -102,13 +126,15 @@ def _batches(models: list[Model]) -> dict[str, list[tuple[Tensor, Tensor]]]:
             x, y = open_data(spec).train.tensors
             size = spec.batch_size
             found[spec.digest] = [
-                (x[i : i + size].clone(), y[i : i + size].clone())
-                for i in range(0, BATCHES * size, size)
+                (x[i : i + size].clone().to(device), y[i : i + size].clone().to(device))
+                for i in range(0, len(y) - size + 1, size)
             ]
     return found
 
 
-def _loop(solos: list[_Solo]) -> Steps:
+def loop(solos: list[Solo]) -> Steps:
+    """Each model in turn, a number of steps."""
+
     def steps(count: int) -> None:
         for solo in solos:
             for _ in range(count):
@@ -119,11 +145,11 @@ def _loop(solos: list[_Solo]) -> Steps:
 
 def serial(models: list[Model], *, images_last: bool = False, **optimizer: Any) -> Steps:
     """Each model in turn; `optimizer` are further arguments, such as `fused=True`."""
-    batches = _batches(models)
+    batches = batches_of(models)
     if images_last:
         batches = {key: [(channels_last(x), y) for x, y in found] for key, found in batches.items()}
     change = _last_module if images_last else lambda net: net
-    return _loop([_Solo(m, batches[m.data.digest], change, **optimizer) for m in models])
+    return loop([Solo(m, batches[m.data.digest], change, **optimizer) for m in models])
 
 
 def _last_module(net: nn.Module) -> nn.Module:
@@ -132,9 +158,9 @@ def _last_module(net: nn.Module) -> nn.Module:
 
 def compiled(models: list[Model]) -> Steps:
     """The serial loop over `torch.compile`d modules."""
-    batches = _batches(models)
-    solos = [_Solo(m, batches[m.data.digest], lambda net: _compiled(net)) for m in models]
-    return _loop(solos)
+    batches = batches_of(models)
+    solos = [Solo(m, batches[m.data.digest], lambda net: _compiled(net)) for m in models]
+    return loop(solos)
 
 
 def _compiled(net: nn.Module) -> nn.Module:
@@ -149,8 +175,8 @@ def stacked(models: list[Model]) -> Steps:
     """`torch.func.stack_module_state` and `vmap`, with one vectorised SGD step."""
     if len({(m.module, str(m.kwargs), m.data.digest) for m in models}) > 1:
         raise NotApplicable("vmap takes models of one architecture only")
-    (batches,) = _batches(models).values()
-    solos = [_Solo(model, batches) for model in models]
+    (batches,) = batches_of(models).values()
+    solos = [Solo(model, batches) for model in models]
     if any(buffer.ndim for solo in solos for buffer in solo.net.buffers()):
         raise NotApplicable("batch norm writes its statistics in place, which vmap refuses")
     parameters, buffers = torch.func.stack_module_state([solo.net for solo in solos])
@@ -248,21 +274,34 @@ def _serve(pipe: Connection, share: list[tuple[Any, ...]]) -> None:
 # --- ours ---------------------------------------------------------------------------------------
 
 
-def merged(models: list[Model], tuning: Tuning | None = None) -> Steps:
-    """The merged trial's step, as a trial takes it."""
+def merged(
+    models: list[Model],
+    tuning: Tuning | None = None,
+    *,
+    device: torch.device = _CPU,
+    data: GraphData | None = None,
+) -> Steps:
+    """The merged trial's step, as a trial takes it.
+
+    Args:
+        models: What to train.
+        tuning: How kernels are chosen.
+        device: Where the models run.
+        data: Their document, where they were planned before.
+
+    Raises:
+        NotApplicable: a model was not captured.
+    """
     temporary = tempfile.TemporaryDirectory(prefix="cgo-bench-")
-    folder = Path(temporary.name)
-    planned = Planner().plan(models, folder)
-    data = planned.graph_data
-    if data is None or planned.report.opaque:
-        raise NotApplicable(f"not captured: {planned.failures or planned.report.opaque}")
+    data = data or _planned(models, Path(temporary.name))
+    constants = _constants(data, device)
     parts = []
     for key in data.data:
         entries = [entry for entry in data.models if entry.data == key]
-        members = [Member(entry, data, _CPU, folder, lambda event: None) for entry in entries]
-        tuner = make_tuner(tuning or Tuning(), _CPU, _PLANNED_STEPS)
-        lanes = MergedLanes(data.graph, members, {}, _CPU, tuner)
-        batches = itertools.cycle(list(Loader(open_data(data.data[key]), _CPU).train(0)))
+        members = [Member(entry, data, device, data.base, lambda event: None) for entry in entries]
+        tuner = make_tuner(tuning or Tuning(), device, _PLANNED_STEPS)
+        lanes = MergedLanes(data.graph, members, constants, device, tuner)
+        batches = itertools.cycle(list(Loader(open_data(data.data[key]), device).train(0)))
         parts.append((lanes, [member.id for member in members], batches))
 
     def steps(count: int) -> None:
@@ -276,6 +315,20 @@ def merged(models: list[Model], tuning: Tuning | None = None) -> Steps:
 
     weakref.finalize(steps, temporary.cleanup)
     return steps
+
+
+def _planned(models: list[Model], folder: Path) -> GraphData:
+    planned = Planner().plan(models, folder)
+    if planned.graph_data is None or planned.report.opaque:
+        raise NotApplicable(f"not captured: {planned.failures or planned.report.opaque}")
+    return planned.graph_data
+
+
+def _constants(data: GraphData, device: torch.device) -> dict[str, Tensor]:
+    if data.constants is None:
+        return {}
+    stored = weights.load(data.base / data.constants.file)
+    return {content: value.to(device) for content, value in stored.items()}
 
 
 _METHODS = {
