@@ -224,7 +224,7 @@ class Flat:
             self.values = torch.cat([parameter.reshape(-1) for parameter in parameters])
             self.moments = {name: self._moment(name) for name in kind.moments}
         self.steps = [self._steps_of(updater) for updater in self.updaters]
-        self.gradient: Tensor  # of this step, where it goes over flat tensors
+        self.gradient: Tensor  # within a step that goes over flat tensors
         self._order = torch.tensor(self._positions, device=self.values.device)
         self.groups: list[dict[str, Any]] = []
         self._elements: Tensor | None = None  # of each element, its model's position
@@ -359,31 +359,37 @@ class Flat:
                 part.group = self.groups[position]
                 part.skip = None if overflown is None else overflown[position]
                 self.kind.fused(part)
+                part.gradients = []
 
     def _flat_step(self, gradients: Sequence[Tensor], without: frozenset[ModelId]) -> None:
         self.gradient = torch.cat([rows.flatten() for rows in gradients])
-        if without.isdisjoint(self.models):
-            self.kind.rule(self)
-            return
-        flats = [self.values, *self.moments.values()]
+        flats = [] if without.isdisjoint(self.models) else [self.values, *self.moments.values()]
         before = [flat.clone() for flat in flats]
         self.kind.rule(self)
+        del self.gradient  # or it would be there until the next step, beside all activations
+        if not flats:
+            return
         stays = torch.tensor([m in without for m in self.models], device=self.values.device)
         for flat, kept in zip(flats, before):  # by selection: nothing times NaN is nothing
             torch.where(stays[self.elements], kept, flat, out=flat)
 
     def _fused_step(self, gradients: Sequence[Tensor], without: frozenset[ModelId]) -> None:
-        assert self.kind.fused is not None
         # Lane by lane even where all agree: a lane's last elements are computed in another way than
         # the others, and which these are must not depend on its neighbours.
         lanes = [lane for rows in gradients for lane in rows.unbind(0)]
         if without.isdisjoint(self.models) and self._agree():
-            self.kind.fused(self._part(None, lanes))
+            self._take(None, lanes)
             return
         for position, model in enumerate(self.models):
             if model not in without:
                 own = [lanes[index] for index in self._own[position]]
-                self.kind.fused(self._part(position, own))
+                self._take(position, own)
+
+    def _take(self, position: int | None, gradients: list[Tensor]) -> None:
+        assert self.kind.fused is not None
+        part = self._part(position, gradients)
+        self.kind.fused(part)
+        part.gradients = []  # or they would be there until the next step, beside all activations
 
     def _agree(self) -> bool:
         """Whether all models' hyper-parameters and counts of steps are equal."""
@@ -415,7 +421,9 @@ class Flat:
         """Of each element, the position of its model."""
         if self._elements is None:
             lengths = torch.tensor(self._lengths, device=self.values.device)
-            self._elements = torch.repeat_interleave(self._order, lengths)
+            # With the size known, the device need not be asked for it.
+            size = self.values.numel()
+            self._elements = torch.repeat_interleave(self._order, lengths, output_size=size)
         return self._elements
 
     def _number(self, name: str, values: Sequence[float]) -> Number:

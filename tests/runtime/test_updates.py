@@ -2,6 +2,7 @@
 
 import copy
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -342,3 +343,15 @@ def test_no_gradient_means_no_step_not_even_weight_decay():
     for parameters, updater in zip(lanes.own, lanes.updaters.values()):
         assert torch.equal(parameters[-1], torch.ones(2, dtype=torch.float64))
         assert parameters[-1] not in updater.optimizer.state
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "RMSprop"])  # as a fused kernel, and flat
+def test_a_step_lets_go_of_its_gradients(optimizer):
+    given = [TrainingSpec(optimizer=optimizer, optimizer_kwargs={"lr": 0.1}) for _ in range(2)]
+    lanes = Lanes(given)
+    lanes.step(draw_gradients(lanes, torch.Generator().manual_seed(5)))
+    held = [weakref.ref(leaf.grad.untyped_storage()) for leaf, _ in lanes.leaves]
+    for leaf, _ in lanes.leaves:
+        leaf.grad = None
+    assert [storage() for storage in held] == [None] * len(held)
+    assert not hasattr(lanes.updates._flats[0], "gradient")

@@ -161,6 +161,25 @@ def tied(**kwargs):
     return Tied(**kwargs)
 
 
+class Branches(nn.Module):
+    """Wide values of which only a sum is wanted, each by another operator, so in no group."""
+
+    def __init__(self, width=4):
+        super().__init__()
+        self.stem = nn.Conv2d(1, width, 3, padding=1)
+        self.head = nn.Linear(3 * width, 10)
+
+    def forward(self, x):
+        x = self.stem(x)
+        one, two, three = x + 1.0, x + 2.0, x + 3.0
+        kept = three.mean((2, 3), keepdim=True).flatten(1)
+        return self.head(torch.cat([one.mean((2, 3)), two.sum((2, 3)), kept], 1))
+
+
+def branches(**kwargs):
+    return Branches(**kwargs)
+
+
 def regressor(width=8):
     return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.Tanh(), nn.Linear(width, 2))
 
