@@ -29,7 +29,6 @@ from cgo.passes.pipeline import run_pipeline
 from cgo.passes.place import Need, estimate_needs
 from cgo.passes.unmerged import Family, unmerged
 from cgo.runtime.placing import state_bytes
-from cgo.runtime.steps import moments_of
 
 log = logging.getLogger(__name__)
 
@@ -252,9 +251,7 @@ class Planner:
 
 
 def _need(captured: Captured) -> Need:
-    training = captured.entry.training
-    moments = moments_of(training.optimizer, training.optimizer_kwargs)
-    state = state_bytes(captured.entry, moments)
+    state = state_bytes(captured.entry)
     if captured.graph is None:
         return Need(state, 0, 0.0)
     (need,) = estimate_needs(captured.graph).values()

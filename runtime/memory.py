@@ -242,9 +242,8 @@ def _programs(
 
 
 def _rehearsed(part: Graph, program: str, chosen: Choice, state: _State, device_type: str) -> Known:
-    lowered = lower(
-        part, program, _CPU, state.packs, ways=chosen.ways, keep_layouts=device_type != "cpu"
-    )
+    last = chosen.images_last if device_type == "cpu" else bool(chosen.images_last)
+    lowered = lower(part, program, _CPU, state.packs, ways=chosen.ways, images_last=last)
     types = {node.name: node.types for node in part.nodes}
     updates = [output for result in lowered.results for output in result.outputs]
     written = [*lowered.written, *(output for output in updates if output.role == "update")]

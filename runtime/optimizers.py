@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -73,6 +75,22 @@ class Updater:
         """Step a scheduler that goes by epochs."""
         if self.scheduler is not None and self.training.scheduler_interval == "epoch":
             self.scheduler.step()
+
+
+def moments_of(training: TrainingSpec) -> float:
+    """Elements that a spec's optimizer keeps for each one of a parameter: 2 for Adam."""
+    return _moments(training.optimizer, json.dumps(training.optimizer_kwargs, sort_keys=True))
+
+
+@cache
+def _moments(optimizer: str, kwargs: str) -> float:
+    """Seen of a true optimizer of a small parameter."""
+    parameter = torch.nn.Parameter(torch.zeros(16, 16))
+    parameter.grad = torch.zeros_like(parameter)
+    small = optimizer_class(optimizer)([parameter], **json.loads(kwargs))
+    small.step()
+    kept = [value for value in small.state[parameter].values() if isinstance(value, Tensor)]
+    return sum(value.numel() for value in kept if value.ndim) / parameter.numel()
 
 
 def _check_dtypes(training: TrainingSpec, parameters: Sequence[Tensor]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -12,7 +13,7 @@ from cgo.graph import ModelId
 from cgo.graph_data import GraphData, ModelEntry
 from cgo.passes.place import Need, Target, estimate_needs, place
 from cgo.runtime.accelerator import accelerator_for
-from cgo.runtime.steps import moments_of
+from cgo.runtime.optimizers import moments_of
 
 #: Of a device's free memory, what models are planned to take.
 FILLED = 0.9
@@ -57,31 +58,25 @@ def place_models(
 
 
 def _needs(data: GraphData) -> Mapping[ModelId, Need]:
-    moments = {
-        entry.id: moments_of(entry.training.optimizer, entry.training.optimizer_kwargs)
-        for entry in data.models
-    }
-    needs = dict(estimate_needs(data.graph, moments=moments))
+    needs = dict(estimate_needs(data.graph))
+    held = {entry.id: state_bytes(entry) for entry in data.models}
+    needs = {id_: replace(need, state_bytes=held[id_]) for id_, need in needs.items()}
     # An opaque model has no graph to read its work from: it is taken for an average one.
     known = [need.work_s for need in needs.values() if need.work_s]
     average = statistics.mean(known) if known else 1.0
     for entry in data.models:
         if entry.opaque is not None or entry.id not in needs:
-            needs[entry.id] = Need(state_bytes(entry, moments[entry.id]), 0, average)
+            needs[entry.id] = Need(held[entry.id], 0, average)
     return needs
 
 
-def state_bytes(entry: ModelEntry, moments: int) -> int:
-    """What a model holds all the time it trains: parameters, gradients, moments and buffers.
-
-    Args:
-        entry: The model in its document.
-        moments: Tensors of optimizer state for each parameter.
-    """
+def state_bytes(entry: ModelEntry) -> int:
+    """What a model holds all the time it trains: parameters, gradients, moments and buffers."""
+    moments = moments_of(entry.training)
     size = 8 if entry.training.precision == "float64" else 4
     found = 0
     for state in entry.state:
         if state.alias_of is None:
             learns = state.kind == "parameter" and state.trainable
-            found += math.prod(state.shape) * size * (2 + moments if learns else 1)
+            found += int(math.prod(state.shape) * size * (2 + moments if learns else 1))
     return found

@@ -9,7 +9,6 @@ Source of the way: `torch.distributed._tools.mem_tracker`.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,10 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from cgo.graph import ModelId, TensorType
-from cgo.model import TrainingSpec, optimizer_class
+from cgo.model import TrainingSpec
+from cgo.runtime.accelerator import accelerator_for
 from cgo.runtime.builder import Source
 from cgo.runtime.lower import Lowered
-from cgo.runtime.optimizers import Updater
+from cgo.runtime.optimizers import Updater, moments_of
 from cgo.runtime.packing import Pack, Place, rehome
 from cgo.runtime.updates import Updates
 
@@ -168,10 +168,9 @@ def rehearse_update(
         trainings: By model; others take no step.
         device_type: Of the device that it is to run on.
     """
-    # What is decided by the device's type is decided so for any that is not a CPU.
-    device = torch.device("cpu" if device_type == "cpu" else "meta")
-    with _fake() if device_type == "cpu" else contextlib.nullcontext():
-        own = {place: _parameter(type_, device) for place, type_ in types.items()}
+    accelerator = None if device_type == "cpu" else accelerator_for(torch.device("cpu"))
+    with _fake():
+        own = {place: _parameter(type_) for place, type_ in types.items()}
         leaves = [_leaf(own, pack) for pack in packs if pack.trainable]
         packed = {id(lane) for _, lanes in leaves for lane in lanes}
         learned = [leaf for leaf, _ in leaves]
@@ -187,16 +186,17 @@ def rehearse_update(
         live.hold([leaf.grad for leaf in learned if leaf.grad is not None], counted=True)
         given = live.now
         with live:
-            updates = Updates(updaters, leaves)
+            updates = Updates(updaters, leaves, accelerator)
+            if accelerator is not None:
+                updates.without_kernels()
             updates.step()
         together = Held(live.highest - given, live.now - given)
     apart = [model for model in trainings if not updates.covers(model)]
     return _with_others(together, apart, types, learning, trainings)
 
 
-def _parameter(type_: TensorType, device: torch.device) -> nn.Parameter:
-    value = torch.empty(type_.shape, dtype=getattr(torch, type_.dtype), device=device)
-    return nn.Parameter(value)
+def _parameter(type_: TensorType) -> nn.Parameter:
+    return nn.Parameter(torch.empty(type_.shape, dtype=getattr(torch, type_.dtype)))
 
 
 def _leaf(own: Mapping[Place, Tensor], pack: Pack) -> tuple[Tensor, list[Tensor]]:
@@ -225,16 +225,6 @@ def _with_others(
             for place, type_ in types.items()
             if place[0] == model and place in learning
         )
-        after += int(size * _moments(trainings[model]))
+        after += int(size * moments_of(trainings[model]))
         most = max(most, size)
     return Held(max(together.highest + after - together.after, after + most), after)
-
-
-def _moments(training: TrainingSpec) -> float:
-    """Elements that an optimizer keeps for each of a parameter, seen of a true small one."""
-    parameter = nn.Parameter(torch.zeros(16, 16))
-    parameter.grad = torch.zeros_like(parameter)
-    optimizer = optimizer_class(training.optimizer)([parameter], **training.optimizer_kwargs)
-    optimizer.step()
-    kept = [value for value in optimizer.state[parameter].values() if isinstance(value, Tensor)]
-    return sum(value.numel() for value in kept if value.ndim) / parameter.numel()

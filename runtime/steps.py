@@ -69,27 +69,6 @@ class Part:
         return float(self.group["lr"]) if self.rate is None else self.rate
 
 
-#: Optimizers whose state is not two tensors for each parameter, and how much it is.
-_MOMENTS: dict[str, Callable[[Mapping[str, Any]], int]] = {
-    "SGD": lambda given: bool(given.get("momentum")),
-    "Adam": lambda given: 2 + bool(given.get("amsgrad")),
-    "AdamW": lambda given: 2 + bool(given.get("amsgrad")),
-    "RMSprop": lambda given: 1 + bool(given.get("centered")) + bool(given.get("momentum")),
-    "Adagrad": lambda given: 1,
-}
-
-
-def moments_of(optimizer: str, kwargs: Mapping[str, Any]) -> int:
-    """How many tensors of state an optimizer keeps for each parameter; 2 where it is not known.
-
-    Args:
-        optimizer: Its name, as in a `TrainingSpec`.
-        kwargs: Its arguments.
-    """
-    found = _MOMENTS.get(optimizer)
-    return 2 if found is None else found(kwargs)
-
-
 def kind_rule(updater: Updater) -> Callable[[Mapping[str, Any]], Kind | None] | None:
     """What gives the kind of the model's step from its parameter group, or None where it is none.
 

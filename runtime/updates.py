@@ -14,7 +14,7 @@ schedulers work unchanged, and its `state` holds views of the flat moments.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -118,6 +118,12 @@ class Updates:
                 # What schedulers look at to warn of a missing optimizer step.
                 updater.optimizer._opt_called = True  # type: ignore[attr-defined]
                 updater.step_scheduler()
+
+    def without_kernels(self) -> None:
+        """Leave out kernels, which allocate nothing, where only memory is looked at."""
+        for flat in self._flats:
+            if flat.kind.on_device:
+                flat.kind = replace(flat.kind, fused=lambda part: None)
 
     def sync(self) -> None:
         """Write the number of steps into the optimizers' own states."""

@@ -65,4 +65,4 @@ def test_state_is_parameters_gradients_moments_and_buffers(tmp_path):
     for item in entry.state:
         size = state[item.path].numel() * 8 if item.path in state else 8
         expected += size * (3 if item.kind == "parameter" else 1)
-    assert state_bytes(entry, moments=1) == expected
+    assert state_bytes(entry) == expected

@@ -166,12 +166,12 @@ def test_arranging_holds_the_parameters_twice():
     assert 4 * 800 - 400 <= update("Adam").highest <= 4 * 800 + SMALL
 
 
-def test_a_flat_step_holds_a_copy_of_the_gradients_and_vectors_of_what_differs():
-    alike, apart = update("SGD", "cuda"), update("SGD", "cuda", rates=(0.1, 0.2))
+def test_a_flat_step_holds_a_copy_of_the_gradients_and_vectors_of_numbers():
+    by_kernels, flat = update("SGD", "cuda"), update("RMSprop", "cuda")
     block = 1024  # of 800 bytes
-    assert alike.highest - alike.after >= block
-    # A rate for each element, and where the elements belong: eight bytes each.
-    assert apart.after - alike.after >= block + 1600
+    assert flat.highest - flat.after >= block
+    # The square average, a vector for each number, and where elements belong: eight bytes each.
+    assert flat.after - by_kernels.after >= 4 * block + 1600
 
 
 def test_clipping_holds_a_scaled_copy_of_the_gradients():
