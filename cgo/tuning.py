@@ -33,6 +33,9 @@ class Tuning:
             steps are planned.
         compile: Compile that record with Inductor. None: where the planned steps are expected to
             repay it; either way it is kept only where it is faster.
+        store_stems: Compute frozen stems over un-augmented data once and store their values for
+            later epochs, where memory allows. None: where it repays, which takes two epochs or
+            more. True: whatever it repays, for tests and measurements.
 
     Raises:
         SpecError: a value makes no sense.
@@ -51,6 +54,7 @@ class Tuning:
     width: int | None = None
     tape: bool | None = None
     compile: bool | None = None
+    store_stems: bool | None = None
 
     def __post_init__(self) -> None:
         if self.most_s < 0 or not 0 <= self.share <= 1:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,8 +23,11 @@ from cgo.runtime.data import Leaves, Loader, open_data, target_of
 from cgo.runtime.lanes import MergedLanes, OpaqueLane, Outcome, Result
 from cgo.runtime.member import Member, Report
 from cgo.runtime.meters import EvaluationMeter
+from cgo.runtime.stems import StemStore, plan_stems
 from cgo.runtime.tuning import Record, Tuner, make_tuner
 from cgo.tuning import Tuning
+
+log = logging.getLogger(__name__)
 
 #: The file of a trial's folder that holds its lowering choices.
 RECORD = "lowering.json"
@@ -175,7 +180,12 @@ class Cohort:
         self.device = device
         captured = [member for member in members if member.entry.opaque is None]
         self.tuner = tuner
-        self.merged = MergedLanes(data.graph, captured, constants, device, tuner)
+        self._graph, self._constants = data.graph, constants
+        self._lanes = partial(
+            MergedLanes, members=captured, constants=constants, device=device, choose=tuner
+        )
+        self.merged = self._lanes(data.graph)
+        self._stems: StemStore | None = None  # None: every step computes its stem
         self.opaque = {m.id: OpaqueLane(m) for m in members if m.entry.opaque is not None}
         self._loader: Loader | None = None
 
@@ -211,7 +221,43 @@ class Cohort:
             self._loader = Loader(open_data(self.spec), self.device)
             epochs = max(member.entry.training.epochs for member in self.members.values())
             self.tuner.steps = epochs * len(self._loader.data.train_sizes)
+            self._store_stems(self._loader)
         return self._loader
+
+    def _store_stems(self, loader: Loader) -> None:
+        """Let the models read stored values of their stems, where that repays."""
+        captured = {m.id: m for m in self.running() if m.entry.opaque is None}
+        try:
+            self._stems = plan_stems(
+                self._graph,
+                captured,
+                self._constants,
+                loader.data,
+                self.device,
+                self.tuner.tuning,
+                tell=self.tuner.tell,
+            )
+        except Exception as error:
+            self._compute_stems(error)
+        if self._stems is not None:
+            self.merged = self._lanes(self._stems.rest)
+
+    def _extended(self, leaves: Leaves, size: int) -> Leaves:
+        """The batch with stored values; without a store that works, the steps compute them."""
+        if self._stems is None:
+            return leaves
+        try:
+            return self._stems.extend(leaves, size)
+        except Exception as error:
+            self._compute_stems(error)
+            return leaves
+
+    def _compute_stems(self, error: Exception) -> None:
+        """Go on without stored values: they only save time, so that no model fails for them."""
+        log.warning("stems are not stored: %s: %s", type(error).__name__, error)
+        self.tuner.tell("stems", bytes=0, values=0, models=0, reason=str(error))
+        self.merged.sync()
+        self._stems, self.merged = None, self._lanes(self._graph)
 
     def _fail_all(self, members: Sequence[Member], error: DataError) -> None:
         for member in members:
@@ -226,6 +272,8 @@ class Cohort:
     def _train(self, loader: Loader, epoch: int, members: Sequence[Member]) -> None:
         step = epoch * len(loader.data.train_sizes)
         running = [member for member in members if member.running]
+        if self._stems is not None:
+            self._stems.begin("train", epoch)
         for size, leaves in loader.train(epoch):
             for member in running:
                 member.updater.zero_grad()
@@ -270,6 +318,8 @@ class Cohort:
         self, loader: Loader, members: Sequence[Member]
     ) -> dict[ModelId, dict[str, float]]:
         meters = {member.id: EvaluationMeter(member.entry.training) for member in members}
+        if self._stems is not None:
+            self._stems.begin("validation", 0)
         for size, leaves in loader.validation():
             running = [member for member in members if member.running]
             for member, outcome in self._compute(running, leaves, size, training=False):
@@ -298,8 +348,9 @@ class Cohort:
         merged = [member.id for member in members if member.entry.opaque is None]
         outcomes: list[tuple[Member, Outcome]] = []
         if merged:
+            extended = self._extended(leaves, size)
             compute = self.merged.train if training else self.merged.evaluate
-            found = compute(merged, leaves, size)
+            found = compute(merged, extended, size)
             outcomes += [(self.members[id_], outcome) for id_, outcome in found.items()]
         if len(merged) < len(members):
             for member in members:

@@ -20,7 +20,7 @@ class X:
         if self.dtype == "bool":
             return torch.rand(self.shape) > 0.5
         if self.dtype == "int64":
-            return torch.randint(0, 4, self.shape)
+            return torch.randint(0, 3, self.shape)
         return torch.rand(self.shape) + 0.1
 
 
