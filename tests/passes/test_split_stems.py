@@ -2,9 +2,13 @@
 
 from textwrap import dedent
 
+import hypothesis.strategies as st
 import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
 
-from cgo.graph import Graph, TensorType, dump, prune, verify
+from cgo.graph import Graph, Ref, TensorType, dump, prune, restrict, verify
+from cgo.operators import aten
 from cgo.passes.dedup_inputs import dedup_inputs
 from cgo.passes.dedup_stems import dedup_stems
 from cgo.passes.split_stems import SplitStems
@@ -271,3 +275,90 @@ def test_little_work_for_many_bytes_is_not_worth_it(sketch):
     assert SplitStems(129, 0)(graph).rest is graph
     assert SplitStems(128, 4)(graph).values != ()
     assert SplitStems(0, 5)(graph).rest is graph
+
+
+# --- random graphs ----------------------------------------------------------------------------
+
+PLACE = st.integers(0, 30)  # of an earlier value, modulo their number
+STEP = st.one_of(
+    st.tuples(st.sampled_from(["frozen", "frozen", "trained", "more"]), PLACE, st.integers(0, 1)),
+    st.tuples(st.just("aten.relu.default"), PLACE),
+    st.tuples(st.just("aten.add.Tensor"), PLACE, PLACE),
+    st.tuples(st.just("aten.softmax.int"), PLACE, st.just((0,)) | st.just((1,))),
+    st.tuples(st.just("aten.roll.default"), PLACE, st.just(((1,), (0,)))),
+    st.tuples(st.just("aten.view.default"), PLACE, st.just((("N", 8),)) | st.just(((-1, 8),))),
+    st.tuples(st.just("aten.layer_norm.default"), PLACE, st.just(((8,),))),
+    st.tuples(st.just("aten.mul.Scalar"), PLACE, st.just((2.0,)) | st.just(("N",))),
+)
+EPOCHS = (torch.arange(7), torch.tensor([4, 2, 6, 0, 1, 5, 3]))
+
+
+def drawn(sketch, id_, steps):
+    """A model whose programs all take these steps."""
+
+    def stem(build, x, size, tag):
+        values = [x]
+        for index, (op, place, *rest) in enumerate(steps):
+            name, y = f"{tag}/{index}", values[place % len(values)]
+            if op in ("frozen", "trained", "more"):
+                content = f"f{rest[0]}" if op == "frozen" else ""
+                w = build.parameter(f"{op}{rest[0]}", 8, 8, content=content)
+                op, args = "aten.linear.default", (w,)
+            elif op == "aten.add.Tensor":
+                args = (values[rest[0] % len(values)],)
+            else:
+                args = tuple(
+                    (size, *arg[1:]) if type(arg) is tuple and arg[0] == "N" else arg
+                    for arg in (rest[0] if rest else ())
+                )
+                args = tuple(size if type(arg) is str else arg for arg in args)
+            values.append(build.add(name, op, y, *args, types=f32(size, 8)))
+        return values[-1]
+
+    return model(sketch, id_, stem, [("train", 4), ("train", 3)])
+
+
+def run(graph, program, leaves):
+    """A program's outputs by model and key."""
+    part, env = restrict(graph, program=program), {}
+    for node in part.nodes:
+        if node.op == "cgo.input":
+            env[node.name] = leaves[node.keyword("leaf")]
+        elif node.op == "cgo.parameter":
+            whose = node.keyword("content") or node.keyword("model")
+            generator = torch.Generator().manual_seed(sum(map(ord, f"{whose}{node.name[2:]}")))
+            if node.keyword("content"):
+                generator.manual_seed(sum(map(ord, whose)))
+            env[node.name] = torch.randn(8, 8, dtype=torch.float64, generator=generator) / 3
+        else:
+            args = [env[arg.name] if type(arg) is Ref else arg for arg in node.args]
+            env[node.name] = aten(node.op)(*args)
+    return {(output.model, output.key): env[output.ref.name] for output in part.outputs}
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # it gives a class
+)
+@given(recipes=st.lists(st.lists(STEP, min_size=1, max_size=7), min_size=1, max_size=2))
+def test_values_of_one_epoch_serve_another_in_other_batches(sketch, recipes):
+    graph = merged(*(drawn(sketch, "ab"[i], steps) for i, steps in enumerate(recipes)))
+    split = ANY(graph)
+    verify(split.stem)
+    verify(split.rest)
+    data = torch.rand(7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    stored = {value.leaf: torch.full((7, 8), torch.nan).double() for value in split.values}
+    if stored:
+        for batch in EPOCHS[0].split((4, 3)):
+            found = run(split.stem, f"train/{len(batch)}", {"input": data[batch]})
+            for (_, leaf), value in found.items():
+                stored[leaf][batch] = value
+    for batch in EPOCHS[1].split((4, 3)):
+        program, kept = f"train/{len(batch)}", {leaf: v[batch] for leaf, v in stored.items()}
+        expected = run(graph, program, {"input": data[batch]})
+        found = run(split.rest, program, {"input": data[batch], **kept})
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-11)
