@@ -28,9 +28,8 @@ from cgo.graph import (
     prune,
     with_inputs,
 )
-from cgo.passes.dedup_stems import is_own
 from cgo.passes.samplewise import SIZED, Operand, equal_rows, flops, operator, sample_wise
-from cgo.passes.sharing import argument_key, pure
+from cgo.passes.sharing import argument_key, is_own, pure
 
 #: What the names of stored leaves begin with.
 STEM = "stem."
