@@ -20,6 +20,7 @@ from cgo.planner import Planner
 from cgo.platforms.local import MALLOC
 from cgo.runtime.data import DataSets, open_data
 from cgo.runtime.state import build_module
+from cgo.tuning import Tuning
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -35,10 +36,11 @@ def tuned_process() -> None:
     torch.set_num_threads(1)
 
 
-def plan(models: Sequence[Model]) -> GraphData:
+def plan(models: Sequence[Model], tuning: Tuning | None = None) -> GraphData:
     """The merged document of the models."""
     folder = Path(tempfile.mkdtemp(prefix="cgo-benchmark-"))
-    found = Planner().plan(models, folder)
+    settings = {} if tuning is None else {"tuning": tuning.as_json()}
+    found = Planner().plan(models, folder, settings)
     assert not found.failures, found.failures
     assert not found.report.opaque, found.report.opaque
     assert found.graph_data is not None

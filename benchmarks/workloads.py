@@ -106,3 +106,47 @@ def trunk(width: int = 32) -> nn.Module:
 def headed(width: int = 32) -> nn.Module:
     """A head of its own over the trunk that all share."""
     return Headed(width)
+
+
+class Block(nn.Module):
+    """A basic residual block."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        same = inputs == outputs and stride == 1
+        self.skip = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.body(x) + self.skip(x))
+
+
+class ResidualHeaded(Headed):
+    """A trainable head over a frozen residual trunk, (N, 3, H, W) to (N, 64)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.trunk = nn.Sequential(
+                nn.Conv2d(3, 16, 3, 1, 1, bias=False),
+                nn.BatchNorm2d(16),
+                nn.ReLU(),
+                Block(16, 16, 1),
+                Block(16, 32, 2),
+                Block(32, 64, 2),
+                nn.AdaptiveAvgPool2d(1),
+                nn.Flatten(),
+            )
+        self.trunk.requires_grad_(False).eval()
+
+
+def residual_headed(width: int = 32) -> nn.Module:
+    """A head of its own over the residual trunk that all share."""
+    return ResidualHeaded(width)

@@ -24,7 +24,9 @@ class Event:
     - "final": the model's metric, a float
     - "ended": {"success": bool, "error": str | None, "weights": path relative to the trial's
       folder | None, "sha256": hash of that file | None}; always the model's last event
-    - "trial" (model is ""): {"what": "lowered" | "progress" | "finished", ...figures}
+    - "trial" (model is ""): {"what": "lowered" | "progress" | "finished", ...figures}; "stems" has
+      the bytes and the number of stored values and the models that read them, or a reason why none
+      are
     """
 
     model: ModelId

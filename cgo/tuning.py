@@ -38,6 +38,9 @@ class Tuning:
             planned. True on a CPU writes the calls down and calls them again: for tests, no faster.
         tf32: Whether CUDA may compute float32 products and convolutions in TF32, with a mantissa
             of 10 bits, while the trial trains. None: as torch is set, which is convolutions only.
+        store_stems: Compute frozen stems over un-augmented data once and store their values for
+            later epochs, where memory allows. None: where it repays, which takes two epochs or
+            more. True: whatever it repays, for tests and measurements.
 
     Raises:
         SpecError: a value makes no sense.
@@ -58,6 +61,7 @@ class Tuning:
     compile: bool | Literal["inductor"] | None = None
     capture: bool | None = None
     tf32: bool | None = None
+    store_stems: bool | None = None
 
     def __post_init__(self) -> None:
         if self.most_s < 0 or not 0 <= self.share <= 1:

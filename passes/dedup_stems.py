@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from cgo.graph import STATE, Graph, ModelId, Node, Ref, homes, rebuild, with_homes, with_inputs
-from cgo.passes.sharing import argument_key, pure
+from cgo.passes.sharing import argument_key, is_own, pure
 
 
 def dedup_stems(graph: Graph) -> Graph:
@@ -139,13 +139,6 @@ class _Interned:
         for index, kind in kinds.items():
             self.kinds[index] = kind
         return True
-
-
-def is_own(node: Node) -> bool:
-    """Whether the node is the start of what a model shares with nobody."""
-    return node.op == "cgo.random" or (
-        node.op == "cgo.parameter" and node.keyword("trainable") is not False
-    )
 
 
 def sharing_key(node: Node, arguments: object) -> object | None:

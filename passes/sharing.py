@@ -152,6 +152,13 @@ def pure(node: Node) -> bool:
     return rule is not None and rule(named_arguments(node.op, node.args, dict(node.kwargs)))
 
 
+def is_own(node: Node) -> bool:
+    """Whether the node is the start of what a model shares with nobody."""
+    return node.op == "cgo.random" or (
+        node.op == "cgo.parameter" and node.keyword("trainable") is not False
+    )
+
+
 def literal_key(value: object) -> tuple[type, object]:
     """A key that two literals share only if type and bits agree.
 

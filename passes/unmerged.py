@@ -7,8 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from cgo.graph import SOURCES, STATE, Graph, ModelId, Node, Ref
-from cgo.passes.dedup_stems import is_own
-from cgo.passes.sharing import argument_key, pure
+from cgo.passes.sharing import argument_key, is_own, pure
 
 TRAINED = "depends on trainable parameters"
 DRAWS = "draws random numbers of its own model"

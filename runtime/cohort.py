@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -9,13 +10,16 @@ import torch
 from torch import Tensor
 
 from cgo.errors import CgoError, DataError
-from cgo.graph import ModelId
+from cgo.graph import Graph, ModelId
 from cgo.graph_data import GraphData
-from cgo.runtime.data import Loader, open_data, target_of
+from cgo.runtime.data import Leaves, Loader, open_data, target_of
 from cgo.runtime.device_lanes import DeviceLanes, Observer
 from cgo.runtime.member import Member
 from cgo.runtime.meters import EvaluationMeter
+from cgo.runtime.stems import StemStore, plan_stems
 from cgo.runtime.tuning import Tuner
+
+log = logging.getLogger(__name__)
 
 #: Predictions of a model that are kept on a GPU before its metrics are computed from them.
 _KEPT_BYTES = 2**24
@@ -32,6 +36,7 @@ class Cohort:
         observer: Sees every step.
         tuner: Chooses, for one device, how models are executed.
         tell: Hears what was captured, as JSON values.
+        feeding: Compute stems on the first device for models on others, too.
     """
 
     def __init__(
@@ -43,24 +48,30 @@ class Cohort:
         observer: Observer | None,
         tuner: Callable[[torch.device], Tuner],
         tell: Callable[..., None],
+        feeding: bool = False,
     ) -> None:
         self.spec = data.data[key]
         self.members = {member.id: member for member in members}
-        devices = list(dict.fromkeys(member.device for member in members))
-        self._tuners = [tuner(device) for device in devices]
-        self.lanes = [
+        self._tuners = {m.device: tuner(m.device) for m in {m.device: m for m in members}.values()}
+        self._graph, self._constants, self._feeding = data.graph, constants, feeding
+        self._observer, self._tell = observer, tell
+        self._stems: StemStore | None = None  # None: every step computes its stem
+        self.lanes = self._made(data.graph)
+        self._loader: Loader | None = None
+
+    def _made(self, graph: Graph) -> list[DeviceLanes]:
+        return [
             DeviceLanes(
-                data.graph,
-                [member for member in members if member.device == device],
-                constants,
+                graph,
+                [member for member in self.members.values() if member.device == device],
+                self._constants,
                 device,
                 choose=choose,
-                observer=observer,
-                tell=tell,
+                observer=self._observer,
+                tell=self._tell,
             )
-            for device, choose in zip(devices, self._tuners)
+            for device, choose in self._tuners.items()
         ]
-        self._loader: Loader | None = None
 
     def running(self) -> list[Member]:
         """Models that still train."""
@@ -93,9 +104,49 @@ class Cohort:
         if self._loader is None:
             self._loader = Loader(open_data(self.spec), self.lanes[0].device)
             epochs = max(member.entry.training.epochs for member in self.members.values())
-            for tuner in self._tuners:
+            for tuner in self._tuners.values():
                 tuner.steps = epochs * len(self._loader.data.train_sizes)
+            self._take_stems(self._loader)
         return self._loader
+
+    def _take_stems(self, loader: Loader) -> None:
+        """Let the models read their stems' values, stored or fed, where that repays."""
+        captured = {m.id: m for m in self.running() if m.entry.opaque is None}
+        first = next(iter(self._tuners.values()))
+        try:
+            self._stems = plan_stems(
+                self._graph,
+                captured,
+                self._constants,
+                loader.data,
+                self.lanes[0].device,
+                first.tuning,
+                feeding=self._feeding,
+                tell=self._tell,
+            )
+        except Exception as error:
+            self._compute_stems(error)
+        if self._stems is not None:
+            self.lanes = self._made(self._stems.rest)
+
+    def _extended(self, leaves: Leaves, size: int) -> Leaves:
+        """The batch with values of stems; without a store that works, the steps compute them."""
+        if self._stems is None:
+            return leaves
+        try:
+            return self._stems.extend(leaves, size)
+        except Exception as error:
+            self._compute_stems(error)
+            return leaves
+
+    def _compute_stems(self, error: Exception) -> None:
+        """Go on without values: they only save time, so that no model fails for them."""
+        log.warning("stems are not stored: %s: %s", type(error).__name__, error)
+        self._tell("stems", bytes=0, values=0, models=0, reason=str(error))
+        for lanes in self.lanes:
+            lanes.end_training()
+            lanes.sync()
+        self._stems, self.lanes = None, self._made(self._graph)
 
     def _fail_all(self, members: Sequence[Member], error: DataError) -> None:
         for member in members:
@@ -114,7 +165,10 @@ class Cohort:
     def _train(self, loader: Loader, epoch: int, members: Sequence[Member]) -> None:
         step = epoch * len(loader.data.train_sizes)
         running = [member.id for member in members if member.running]
-        for size, leaves in loader.train(epoch):
+        if self._stems is not None:
+            self._stems.begin("train", epoch)
+        for size, batch in loader.train(epoch):
+            leaves = self._extended(batch, size)
             # Devices compute side by side: nothing here waits for one.
             failures = [lanes.train(running, leaves, size, step) for lanes in self.lanes]
             for model, failure in (item for found in failures for item in found.items()):
@@ -136,7 +190,10 @@ class Cohort:
             )
             for member in members
         }
-        for size, leaves in loader.validation():
+        if self._stems is not None:
+            self._stems.begin("validation", 0)
+        for size, batch in loader.validation():
+            leaves = self._extended(batch, size)
             running = [member.id for member in members if member.running]
             for lanes in self.lanes:
                 there, outcomes = lanes.evaluate(running, leaves, size)

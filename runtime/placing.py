@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,11 +19,19 @@ from cgo.runtime.optimizers import moments_of
 FILLED = 0.9
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where models are trained."""
+
+    devices: Mapping[ModelId, torch.device]
+    feeding: bool = False  # stems are computed on one device for models on others, too
+
+
 def place_models(
     data: GraphData,
     devices: Sequence[torch.device],
     tell: Callable[..., None] = lambda what, **figures: None,
-) -> dict[ModelId, torch.device]:
+) -> Places:
     """Divide a document's models among devices, by estimated memory and work.
 
     Args:
@@ -36,7 +44,7 @@ def place_models(
         if it does run out there, that is its own failure.
     """
     if len(devices) == 1:
-        return {entry.id: devices[0] for entry in data.models}
+        return Places({entry.id: devices[0] for entry in data.models})
     free = [accelerator_for(device).free_bytes() for device in devices]
     targets = [Target(str(i), int(FILLED * size)) for i, size in enumerate(free)]
     placement = place(data.graph, _needs(data), targets)
@@ -53,8 +61,9 @@ def place_models(
         makespan_s=placement.makespan_s,
         bound_s=placement.bound_s,
         too_large=dict(placement.unplaced),
+        fed=len(placement.feeds),
     )
-    return found
+    return Places(found, bool(placement.feeds))
 
 
 def _needs(data: GraphData) -> Mapping[ModelId, Need]:

@@ -83,7 +83,7 @@ class _Trial:
         self.members: dict[ModelId, Member] = {}
         places = place_models(data, devices, self._tell)
         for entry in data.models:
-            member = self._member(entry, places[entry.id])
+            member = self._member(entry, places.devices[entry.id])
             if member is not None:
                 self.members[entry.id] = member
         self._resume()
@@ -91,7 +91,7 @@ class _Trial:
         record = Record(folder / RECORD, devices[0], tuning.record)
         tuner = partial(make_tuner, tuning, record=record, tell=self._tell)
         self.cohorts = [
-            Cohort(data, key, members, constants, observer, tuner, self._tell)
+            Cohort(data, key, members, constants, observer, tuner, self._tell, places.feeding)
             for key, members in self._by_data().items()
         ]
         seconds = time.perf_counter() - started

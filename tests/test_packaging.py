@@ -27,9 +27,11 @@ def test_a_trial_imports_no_engine_and_no_pass_that_merges():
     unwanted = {"cgo.engine", "cgo.scheduler", "cgo.planner", "cgo.store", "cgo.cli", "typer"}
     assert not unwanted & found
     assert not any(name.startswith("cgo.capture") for name in found)
-    # Layouts go by costs, which are those of the trial's device.
+    # Layouts go by costs, which are those of the trial's device; whether stems are stored goes by
+    # its data and its memory.
     passes = {name for name in found if name.startswith("cgo.passes.")}
-    assert passes == {"cgo.passes.assign_layouts", "cgo.passes.sharing"}
+    names = ("assign_layouts", "samplewise", "sharing", "split_stems")
+    assert passes == {f"cgo.passes.{name}" for name in names}
 
 
 def test_every_exported_name_is_there():

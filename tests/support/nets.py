@@ -145,6 +145,41 @@ class Tied(nn.Module):
         return self.head(self.drop(self.second(self.first(x).tanh())))
 
 
+class Headed(nn.Module):
+    """A head of its own over a trunk that all models share; frozen, in evaluation mode."""
+
+    def __init__(self, width=8, trunk=8, frozen=True, images=False):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.enter = nn.Sequential(nn.Conv2d(1, trunk, 3, padding=1), nn.BatchNorm2d(trunk))
+            self.body = nn.Sequential(
+                nn.Conv2d(trunk, trunk, 3, padding=1), nn.BatchNorm2d(trunk), nn.Dropout(0.5)
+            )
+            for part in (self.enter[1], self.body[1]):
+                part.running_mean.uniform_(-0.5, 0.5)
+        self.images = images
+        if frozen:
+            self.enter.requires_grad_(False).eval()
+            self.body.requires_grad_(False).eval()
+        self.head = nn.Sequential(
+            nn.Conv2d(trunk, width, 3) if images else nn.Linear(trunk, width),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Dropout(0.2),
+            nn.Linear(width * (4 if images else 1), 10),
+        )
+
+    def forward(self, x):
+        x = F.relu(self.enter(x))
+        x = F.max_pool2d(F.relu(x + self.body(x)), 2)
+        return self.head(x if self.images else x.mean((2, 3)))
+
+
+def headed(**kwargs):
+    return Headed(**kwargs)
+
+
 def residual(**kwargs):
     return Residual(**kwargs)
 
