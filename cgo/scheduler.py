@@ -26,7 +26,7 @@ from cgo.model import Model
 from cgo.passes.batch_operators import BatchOperators
 from cgo.planner import MergeReport, Planner
 from cgo.platforms.base import Platform, TrialExit, TrialId, TrialRequest
-from cgo.runtime.placing import FILLED
+from cgo.runtime.accelerator import FILLED
 from cgo.store import Store
 
 log = logging.getLogger(__name__)

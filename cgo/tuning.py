@@ -38,6 +38,9 @@ class Tuning:
             planned. True on a CPU writes the calls down and calls them again: for tests, no faster.
         tf32: Whether CUDA may compute float32 products and convolutions in TF32, with a mantissa
             of 10 bits, while the trial trains. None: as torch is set, which is convolutions only.
+        memory_bytes: Of each device, for what training takes on top of parameters and buffers:
+            models are divided into programs that take turns where a step is estimated to take more.
+            None: nine tenths of what is free on a GPU; no limit on a CPU.
         store_stems: Compute frozen stems over un-augmented data once and store their values for
             later epochs, where memory allows. None: where it repays, which takes two epochs or
             more. True: whatever it repays, for tests and measurements.
@@ -61,6 +64,7 @@ class Tuning:
     compile: bool | Literal["inductor"] | None = None
     capture: bool | None = None
     tf32: bool | None = None
+    memory_bytes: int | None = None
     store_stems: bool | None = None
 
     def __post_init__(self) -> None:
@@ -72,6 +76,8 @@ class Tuning:
             raise SpecError(f"tuning: layout {self.layout!r} is none of {', '.join(_LAYOUTS)}")
         if self.compile not in (None, True, False, "inductor"):
             raise SpecError(f"tuning: compile {self.compile!r}; True, False, None or 'inductor'")
+        if self.memory_bytes is not None and self.memory_bytes < 1:
+            raise SpecError(f"tuning: memory_bytes {self.memory_bytes}; at least 1")
         if self.width is not None and self.width < 1:
             raise SpecError(f"tuning: width {self.width}; at least 1")
 

@@ -24,6 +24,9 @@ from torch import Tensor
 from cgo.errors import CgoError
 from cgo.runtime.tape import TapeError, record_body
 
+#: Of a device's free memory, what models are planned to take.
+FILLED = 0.9
+
 #: Streams beside the main one.
 SIDE_STREAMS = 3
 

@@ -65,6 +65,7 @@ class Choice:
     taped: bool = False  # steps are recorded, and replayed by an interpreter
     improve: Improve | None = None  # of taped steps
     images_last: bool | None = None  # in memory; None: as the device has it
+    limit_bytes: float = math.inf  # of a step, on top of parameters and buffers
     captured: bool = False  # whole steps are captured, and replayed by the device
 
 

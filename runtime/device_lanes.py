@@ -66,7 +66,7 @@ class DeviceLanes:
         shown = observer is not None
         self._captured = CapturedLanes(self.merged, self._accelerator, tell, gradients=shown)
         self._opaque = {m.id: OpaqueLane(m) for m in members if m.entry.opaque is not None}
-        self._observer = observer
+        self._observer, self._tell = observer, tell
 
     def train(
         self, models: Sequence[ModelId], leaves: Leaves, size: int, step: int
@@ -158,9 +158,14 @@ class DeviceLanes:
         self._observer.on_gradients(model, step, self.members[model].state.named_gradients())
 
     def end_training(self) -> None:
-        """After an epoch's training: hand each model its sum of losses."""
+        """After an epoch's training: hand each model its sum of losses, and tell of memory."""
         for model, (total, samples) in self._captured.take_sums().items():
             self.members[model].train_loss.add_sum(total, samples)
+        estimated, peak = self.merged.estimate, self._accelerator.peak_bytes()
+        if estimated is not None and peak is not None:
+            self.merged.estimate = None  # once for each packing
+            figures = {"estimated_bytes": estimated.peak, "measured_bytes": peak}
+            self._tell("memory", device=str(self.device), **figures)
 
     def evaluate(
         self, models: Sequence[ModelId], leaves: Leaves, size: int

@@ -7,6 +7,7 @@ so that a model that fails leaves its neighbours' numbers as they are. `update` 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +22,10 @@ from cgo.runtime.builder import Result as LoweredResult
 from cgo.runtime.builder import Source
 from cgo.runtime.choice import Choice, divided, rules_for
 from cgo.runtime.data import Leaves
+from cgo.runtime.fitting import fit
 from cgo.runtime.lower import Lowered, lower
 from cgo.runtime.member import Member
+from cgo.runtime.memory import Estimate
 from cgo.runtime.operators import Fill, empty, filler
 from cgo.runtime.packing import PackedState, Place, learning_places, plan_packs, release
 from cgo.runtime.scaling import Scaling, seeds
@@ -61,6 +64,7 @@ class MergedLanes:
         self.device = device
         self._choose = choose or rules_for(device)
         self._tell = tell
+        self.estimate: Estimate | None = None  # of memory, where it is limited
         self._most_models = 0  # of a program, since memory ran out; 0: no limit
         self._chosen = Choice(graph, ())
         self._packed_for: tuple[ModelId, ...] = ()
@@ -294,6 +298,10 @@ class MergedLanes:
         self._chosen = self._choose(restrict(self._graph, models=set(models)), models)
         if self._most_models:
             self._chosen = divided(self._chosen, self._most_models)
+        if math.isfinite(self._chosen.limit_bytes):
+            specs = {model: self.members[model].entry.training for model in models}
+            limit = self._chosen.limit_bytes
+            self._chosen, self.estimate = fit(self._chosen, specs, limit, self.device, self._tell)
         self._packed = PackedState(plan_packs(self._chosen.graph), self.members)
         accelerator_for(self.device).release()
         for member in self.members.values():

@@ -12,11 +12,8 @@ import torch
 from cgo.graph import ModelId
 from cgo.graph_data import GraphData, ModelEntry
 from cgo.passes.place import Need, Target, estimate_needs, place
-from cgo.runtime.accelerator import accelerator_for
+from cgo.runtime.accelerator import FILLED, accelerator_for
 from cgo.runtime.optimizers import moments_of
-
-#: Of a device's free memory, what models are planned to take.
-FILLED = 0.9
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from cgo.errors import CgoError, TrialError
 from cgo.graph import Graph, ModelId, Node, Ref, bytes_of, inputs_of, is_training
 from cgo.passes.assign_layouts import Assignment, Option, assign_layouts
-from cgo.runtime.accelerator import accelerator_for
+from cgo.runtime.accelerator import FILLED, accelerator_for, free_memory
 from cgo.runtime.builder import VMAP
 from cgo.runtime.choice import LOOP, LOOPED, Choice, Improve, Rules, Way, rules_for
 from cgo.runtime.compiled import Compiler
@@ -130,8 +130,21 @@ class Tuner:
             overlap = Overlap(accelerator_for(self.device), self.tell)
             improve = _first_of(compiler, overlap)
         taped = self._taped(captured)
-        choice = _applied(ruled, options)
-        return replace(choice, taped=taped, improve=improve, captured=captured, images_last=last)
+        return replace(
+            _applied(ruled, options),
+            taped=taped,
+            improve=improve,
+            captured=captured,
+            images_last=last,
+            limit_bytes=self._limit_bytes(),
+        )
+
+    def _limit_bytes(self) -> float:
+        if self.tuning.memory_bytes is not None:
+            return self.tuning.memory_bytes
+        if self.device.type == "cpu":
+            return math.inf
+        return FILLED * free_memory(self.device)
 
     def _captured(self) -> bool:
         if self.tuning.capture is not None:

@@ -71,7 +71,7 @@ def test_state_is_parameters_gradients_moments_and_buffers(tmp_path):
 
 @pytest.mark.parametrize("capture", [False, True])
 def test_a_stem_on_one_device_feeds_models_on_others(tmp_path, monkeypatch, capture):
-    """As `place` may decide; nothing is stored, each batch's values are computed once and copied."""
+    """As `place` may decide: nothing is stored, each batch's values are computed once."""
 
     def spread(data, devices, tell):
         found = {entry.id: devices[n % 3] for n, entry in enumerate(data.models)}
