@@ -24,10 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from cgo import weights
+from cgo.graph import ModelId
 from cgo.graph_data import GraphData
 from cgo.model import Model, loss_function, optimizer_class
 from cgo.planner import Planner
-from cgo.runtime.data import Loader, open_data
+from cgo.runtime.accelerator import accelerator_for
+from cgo.runtime.captured import CapturedLanes
+from cgo.runtime.data import Leaves, Loader, open_data
 from cgo.runtime.lanes import MergedLanes
 from cgo.runtime.layouts import channels_last
 from cgo.runtime.member import Member
@@ -301,20 +304,32 @@ def merged(
         members = [Member(entry, data, device, data.base, lambda event: None) for entry in entries]
         tuner = make_tuner(tuning or Tuning(), device, _PLANNED_STEPS)
         lanes = MergedLanes(data.graph, members, constants, device, tuner)
+        captured = CapturedLanes(lanes, accelerator_for(device))
         batches = itertools.cycle(list(Loader(open_data(data.data[key]), device).train(0)))
-        parts.append((lanes, [member.id for member in members], batches))
+        parts.append((captured, [member.id for member in members], batches))
 
     def steps(count: int) -> None:
-        for lanes, ids, batches in parts:
+        for captured, ids, batches in parts:
             for size, leaves in itertools.islice(batches, count):
-                for outcome in lanes.train(ids, leaves, size).values():
-                    if isinstance(outcome, Exception):
-                        raise outcome
-                for failure in lanes.update(ids).values():
+                if captured.train(ids, leaves, size):
+                    failures = captured.finish(ids, size)
+                else:
+                    failures = _eagerly(captured.lanes, ids, leaves, size)
+                for failure in failures.values():
                     raise failure
 
     weakref.finalize(steps, temporary.cleanup)
     return steps
+
+
+def _eagerly(
+    lanes: MergedLanes, ids: list[ModelId], leaves: Leaves, size: int
+) -> dict[ModelId, Exception]:
+    for id_ in ids:
+        lanes.members[id_].updater.zero_grad()
+    found = lanes.train(ids, leaves, size)
+    failures = {id_: one for id_, one in found.items() if isinstance(one, Exception)}
+    return failures or lanes.update(ids)
 
 
 def _planned(models: list[Model], folder: Path) -> GraphData:
