@@ -33,6 +33,10 @@ class Tuning:
             steps are planned.
         compile: Compile that record with Inductor. None: where the planned steps are expected to
             repay it; either way it is kept only where it is faster.
+        checkpoint: Keep few activations for the backward and compute the others once more there:
+            less memory in deep models, the same bits, steps 1.6 to 2 times as long. They are not
+            replayed: the interpreter would take the second computing for a repetition
+            that it can leave out.
 
     Raises:
         SpecError: a value makes no sense.
@@ -51,6 +55,7 @@ class Tuning:
     width: int | None = None
     tape: bool | None = None
     compile: bool | None = None
+    checkpoint: bool = False
 
     def __post_init__(self) -> None:
         if self.most_s < 0 or not 0 <= self.share <= 1:
@@ -61,6 +66,12 @@ class Tuning:
             raise SpecError(f"tuning: layout {self.layout!r} is none of {', '.join(_LAYOUTS)}")
         if self.width is not None and self.width < 1:
             raise SpecError(f"tuning: width {self.width}; at least 1")
+
+        if self.checkpoint and (self.tape or self.compile):
+            raise SpecError(
+                "tuning: checkpoint with tape or compile; steps that compute once more for the "
+                "backward are neither replayed nor compiled, so leave these unset"
+            )
 
     @property
     def forced(self) -> bool:

@@ -58,6 +58,7 @@ class Choice:
     ways: Mapping[str, Way] = field(default_factory=dict)  # of groups, by name
     taped: bool = False  # steps are recorded, and replayed by an interpreter
     compiler: Compiler | None = None  # of taped steps
+    recompute: bool = False  # training steps keep little for the backward
 
 
 @dataclass(frozen=True)

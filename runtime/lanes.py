@@ -213,8 +213,9 @@ class MergedLanes:
             part = restrict(graph, models=set(models))
             state = self._packed if packed else PackedState((), self.members)
             ways = self._chosen.ways if packed else {}
-            lowered = lower(part, program, self._device, state.packs, ways=ways)
             chosen = self._chosen if packed else Choice(graph, ())
+            again = self._chosen.recompute and program.startswith("train/")
+            lowered = lower(part, program, self._device, state.packs, ways=ways, recompute=again)
             where = f"{program}/{','.join(models)}"
             bound = _Bound(
                 lowered, self.members, self._constants, state, self._learning, chosen, where

@@ -94,6 +94,7 @@ def lower(
     *,
     ways: Mapping[str, Way] | None = None,
     keep_layouts: bool = False,
+    recompute: bool = False,
 ) -> Lowered:
     """Make one program of a graph executable.
 
@@ -105,6 +106,8 @@ def lower(
         ways: How groups are executed, by name; others in the first form that applies.
         keep_layouts: Leave images in the memory format that they come in, so that a capture rounds
             as its module does.
+        recompute: Keep little for the backward, and compute most once more there; the bits are the
+            same.
 
     Raises:
         GraphError: the graph has no such program, or nodes of different autocast settings feed
@@ -114,7 +117,7 @@ def lower(
     if not part.outputs:
         raise GraphError(f"the graph has no program {program!r}")
     images_last = device.type == "cpu" and not keep_layouts
-    return _Lowering(part, device, packs, images_last, ways or {}).lowered()
+    return _Lowering(part, device, packs, images_last, ways or {}, recompute).lowered()
 
 
 class _Lowering:
@@ -127,8 +130,10 @@ class _Lowering:
         packs: Sequence[Pack],
         images_last: bool,
         ways: Mapping[str, Way],
+        recompute: bool,
     ) -> None:
         self.part, self.device, self.images_last, self.ways = part, device, images_last, ways
+        self.recompute = recompute
         self.nodes = {node.name: node for node in part.nodes}
         self.types: Types = {
             Ref(node.name, index): type_
@@ -177,7 +182,7 @@ class _Lowering:
         first = len(self.results)
         self.results += results
         self.decisions += builder.decisions
-        function = builder.finish(results)
+        function = builder.finish(results, recompute=self.recompute)
         self.calls += sum(n.op == "call_function" for n in builder.emitter.graph.nodes)
         return _Region(setting, function, reads, tuple(range(first, len(self.results))))
 

@@ -119,9 +119,12 @@ class Tuner:
             (lambda name, done: None) if self.record is None else self.record.settle,
             self.tell,
         )
-        return replace(_applied(ruled, options), taped=self._taped(), compiler=compiler)
+        chosen = replace(_applied(ruled, options), taped=self._taped(), compiler=compiler)
+        return replace(chosen, recompute=self.tuning.checkpoint)
 
     def _taped(self) -> bool:
+        if self.tuning.checkpoint:
+            return False
         if self.tuning.tape is not None:
             return self.tuning.tape
         return self.steps >= _TAPED_STEPS
