@@ -20,6 +20,7 @@ from cgo.runtime.forms.general import vectorise
 from cgo.runtime.layouts import IMAGES
 from cgo.runtime.operators import batch_norm, batch_norm_copying, symbol_value
 from cgo.runtime.peepholes import simplify
+from cgo.runtime.recompute import recomputing
 from cgo.runtime.solo import kernel_for
 from cgo.tuning import STACKED
 
@@ -180,16 +181,22 @@ class Builder:
             if emitter.readers[ref]:
                 emitter.set(ref, emitter.call(item, result, index))
 
-    def finish(self, results: Sequence[Result]) -> Callable[..., Sequence[Tensor]]:
+    def finish(
+        self, results: Sequence[Result], *, recompute: bool = False
+    ) -> Callable[..., Sequence[Tensor]]:
         """Compile what was written to a function that gives these results."""
-        return self.compiled([self._leaving(result) for result in results])
+        return self.compiled([self._leaving(result) for result in results], recompute=recompute)
 
-    def compiled(self, results: Sequence[fx.Node]) -> Callable[..., Sequence[Tensor]]:
+    def compiled(
+        self, results: Sequence[fx.Node], *, recompute: bool = False
+    ) -> Callable[..., Sequence[Tensor]]:
         """What was written as a function that gives these values."""
         graph = self.emitter.graph
         graph.output(tuple(results))
         graph.eliminate_dead_code(_has_effect)
         simplify(graph)
+        if recompute:
+            return recomputing(graph)
         module = fx.GraphModule(torch.nn.Module(), graph)
         # The plain function: a module call costs more than several small operators.
         forward: Callable[..., Sequence[Tensor]] = type(module).forward

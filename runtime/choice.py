@@ -67,6 +67,7 @@ class Choice:
     images_last: bool | None = None  # in memory; None: as the device has it
     limit_bytes: float = math.inf  # of a step, on top of parameters and buffers
     captured: bool = False  # whole steps are captured, and replayed by the device
+    recompute: bool = False  # training steps keep little for the backward
 
 
 @dataclass(frozen=True)

@@ -316,8 +316,17 @@ class MergedLanes:
             state = self._packed if packed else PackedState((), self.members)
             ways = self._chosen.ways if packed else {}
             last = self._chosen.images_last
-            lowered = lower(part, program, self.device, state.packs, ways=ways, images_last=last)
             chosen = self._chosen if packed else Choice(graph, ())
+            again = self._chosen.recompute and program.startswith("train/")
+            lowered = lower(
+                part,
+                program,
+                self.device,
+                state.packs,
+                ways=ways,
+                images_last=last,
+                recompute=again,
+            )
             where = f"{program}/{','.join(models)}"
             given = lowered, self.members, self._constants, state, self._learning, chosen, where
             bound = Bound(*given, models=models, scaling=self.scaling)

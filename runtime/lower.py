@@ -94,6 +94,7 @@ def lower(
     *,
     ways: Mapping[str, Way] | None = None,
     images_last: bool | None = None,
+    recompute: bool = False,
 ) -> Lowered:
     """Make one program of a graph executable.
 
@@ -105,6 +106,8 @@ def lower(
         ways: How groups are executed, by name; others in the first form that applies.
         images_last: Convolve images with channels last in memory; None: on a CPU. False leaves them
             in the format that they come in, so that a capture rounds as its module does.
+        recompute: Keep little for the backward, and compute most once more there; the bits are the
+            same.
 
     Raises:
         GraphError: the graph has no such program, or nodes of different autocast settings feed
@@ -115,7 +118,7 @@ def lower(
         raise GraphError(f"the graph has no program {program!r}")
     if images_last is None:
         images_last = device.type == "cpu"
-    return _Lowering(part, device, packs, images_last, ways or {}).lowered()
+    return _Lowering(part, device, packs, images_last, ways or {}, recompute).lowered()
 
 
 class _Lowering:
@@ -128,8 +131,10 @@ class _Lowering:
         packs: Sequence[Pack],
         images_last: bool,
         ways: Mapping[str, Way],
+        recompute: bool,
     ) -> None:
         self.part, self.device, self.images_last, self.ways = part, device, images_last, ways
+        self.recompute = recompute
         self.nodes = {node.name: node for node in part.nodes}
         self.types: Types = {
             Ref(node.name, index): type_
@@ -178,7 +183,7 @@ class _Lowering:
         first = len(self.results)
         self.results += results
         self.decisions += builder.decisions
-        function = builder.finish(results)
+        function = builder.finish(results, recompute=self.recompute)
         self.calls += sum(n.op == "call_function" for n in builder.emitter.graph.nodes)
         return _Region(setting, function, reads, tuple(range(first, len(self.results))))
 

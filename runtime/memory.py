@@ -234,7 +234,7 @@ def _programs(
     found = []
     for ids in chosen.programs:
         part = restrict(chosen.graph, models=set(ids), program=program)
-        key = (device_type, *_form(part, chosen, state))
+        key = (device_type, chosen.recompute, *_form(part, chosen, state))
         if key not in cache:
             cache[key] = _rehearsed(part, program, chosen, state, device_type)
         found.append(cache[key])
@@ -243,7 +243,15 @@ def _programs(
 
 def _rehearsed(part: Graph, program: str, chosen: Choice, state: _State, device_type: str) -> Known:
     last = chosen.images_last if device_type == "cpu" else bool(chosen.images_last)
-    lowered = lower(part, program, _CPU, state.packs, ways=chosen.ways, images_last=last)
+    lowered = lower(
+        part,
+        program,
+        _CPU,
+        state.packs,
+        ways=chosen.ways,
+        images_last=last,
+        recompute=chosen.recompute,
+    )
     types = {node.name: node.types for node in part.nodes}
     updates = [output for result in lowered.results for output in result.outputs]
     written = [*lowered.written, *(output for output in updates if output.role == "update")]

@@ -137,6 +137,7 @@ class Tuner:
             captured=captured,
             images_last=last,
             limit_bytes=self._limit_bytes(),
+            recompute=self.tuning.checkpoint,
         )
 
     def _limit_bytes(self) -> float:
@@ -152,6 +153,8 @@ class Tuner:
         return self.device.type == "cuda" and self.steps >= _TAPED_STEPS
 
     def _taped(self, captured: bool) -> bool:
+        if self.tuning.checkpoint:
+            return False
         if self.tuning.tape is not None:
             return self.tuning.tape
         return captured or self.steps >= _TAPED_STEPS

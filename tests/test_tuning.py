@@ -28,6 +28,8 @@ def test_settings_travel_as_json():
         ({"width": 0}, "width 0; at least 1"),
         ({"most_s": -1.0}, "most_s -1.0"),
         ({"share": 2.0}, "share 2.0"),
+        ({"checkpoint": True, "tape": True}, "checkpoint with tape or compile"),
+        ({"checkpoint": True, "compile": True}, "checkpoint with tape or compile"),
     ],
 )
 def test_senseless_settings_are_refused(given, message):

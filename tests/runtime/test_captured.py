@@ -93,6 +93,14 @@ def test_float16_scales_live_on_the_device(tmp_path):
         torch.testing.assert_close(found, expected, rtol=5e-3, atol=5e-3)
 
 
+def test_checkpointed_steps_are_captured_as_they_are(tmp_path):
+    """Computed twice in each replay, batch norms counted once."""
+    tuning = cgo.Tuning(measure=False, capture=True, checkpoint=True)
+    cases = [Case(f"m{n}", "residual", {"dropout": 0.2}, seed=n, training=training(epochs=2))
+             for n in range(2)]  # fmt: skip
+    assert check(cases, tmp_path, tuning).told("captured")
+
+
 def test_evaluation_is_captured_once_it_was_run(tmp_path):
     merged = check([Case("m", "cnn", training=training(epochs=6))], tmp_path)
     programs = [value["program"] for value in merged.told("captured")]

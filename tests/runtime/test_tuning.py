@@ -151,6 +151,13 @@ def test_steps_are_taped_where_the_plan_repays_it_or_it_is_asked_for(tape, steps
     assert tuner(Graph((), ()), []).taped is taped
 
 
+def test_steps_that_compute_once_more_are_not_taped():
+    tuner = Tuner(CostTable(None, CPU), CPU, Rules(), Tuning(measure=False, checkpoint=True), 1000)
+    chosen = tuner(Graph((), ()), [])
+    assert chosen.recompute
+    assert not chosen.taped
+
+
 def test_without_measuring_two_choices_are_alike(tmp_path):
     """What copies cost is not measured either: timings would differ from run to run."""
     table = CostTable(None, CPU, shipped=False)
