@@ -19,8 +19,9 @@ from torch import Tensor
 
 from cgo.graph import ModelId
 from cgo.runtime.accelerator import Accelerator, Captured, CaptureRefused, is_out_of_memory
+from cgo.runtime.bound import Bound, Outcome
 from cgo.runtime.data import Leaves
-from cgo.runtime.lanes import Bound, MergedLanes, Outcome
+from cgo.runtime.lanes import MergedLanes
 from cgo.runtime.updates import Updates
 
 #: Split, samples of the batch, models.

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from cgo.graph import Graph, ModelId
 from cgo.runtime.accelerator import accelerator_for
+from cgo.runtime.bound import Outcome, Result
 from cgo.runtime.captured import CapturedLanes
 from cgo.runtime.data import Leaves
-from cgo.runtime.lanes import MergedLanes, Outcome, Result
+from cgo.runtime.lanes import MergedLanes
 from cgo.runtime.member import Member
 from cgo.runtime.opaque import OpaqueLane
 from cgo.runtime.tuning import Chooser

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cgo.model import loss_function
+from cgo.runtime.bound import Outcome, Result
 from cgo.runtime.data import Leaves, preserved_random_state
-from cgo.runtime.lanes import Outcome, Result
 from cgo.runtime.member import Member
 from cgo.runtime.scaling import Scaling, seeds
 from cgo.runtime.state import RandomState

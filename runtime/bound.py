@@ -1,0 +1,286 @@
+"""A lowered program bound to the tensors that it reads and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from cgo.errors import DataError
+from cgo.graph import ModelId, Node, Output, homes
+from cgo.runtime.builder import Result as LoweredResult
+from cgo.runtime.builder import Source
+from cgo.runtime.choice import Choice
+from cgo.runtime.data import Leaves
+from cgo.runtime.lower import Lowered
+from cgo.runtime.member import Member
+from cgo.runtime.operators import Fill, empty, filler
+from cgo.runtime.packing import PackedState, Place
+from cgo.runtime.scaling import Scaling, seeds
+from cgo.runtime.taped import Taped
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one model computed from one batch."""
+
+    loss: Tensor
+    prediction: Tensor | None = None
+
+
+Outcome = Result | Exception
+
+
+#: A step's random tensors by the names of the nodes that they stand for.
+Drawn = Mapping[tuple[str, ...], Tensor]
+
+
+def singles(drawn: Sequence[Drawn]) -> dict[str, Tensor]:
+    """Random tensors by the single nodes that they stand for."""
+    return {
+        name: lane
+        for numbers in drawn
+        for names, value in numbers.items()
+        for name, lane in zip(names, value if len(names) > 1 else [value])
+    }
+
+
+class Bound:
+    """A lowered program with the tensors that its sources stand for."""
+
+    def __init__(
+        self,
+        lowered: Lowered,
+        members: Mapping[ModelId, Member],
+        constants: Mapping[str, Tensor],
+        packed: PackedState,
+        learning: frozenset[Place],
+        chosen: Choice,
+        name: str,
+        models: Sequence[ModelId],
+        scaling: Scaling | None,
+    ) -> None:
+        self.lowered = lowered
+        self._members, self._packed = members, packed
+        self._values: list[Tensor | None] = []
+        self._inputs: list[tuple[int, str, torch.dtype, torch.Size]] = []
+        self._random: list[tuple[int, Source]] = []
+        self._idle: list[tuple[int, Tensor]] = []  # parameters that must not get a gradient
+        for position, source in enumerate(lowered.sources):
+            node = source.nodes[0]
+            value: Tensor | None = None
+            if node.op == "cgo.input":
+                self._inputs.append((position, *_expected(node)))
+            elif node.op == "cgo.random":
+                self._random.append((position, source))
+            elif node.op == "cgo.constant":
+                value = constants[str(node.keyword("content"))]
+            elif source.packed:
+                value = packed.leaves[tuple(node.name for node in source.nodes)]
+            else:
+                place = str(node.keyword("model")), str(node.keyword("path"))
+                value = members[place[0]].state.tensors[place[1]]
+                if value.requires_grad and learning.isdisjoint(homes(node)):
+                    self._idle.append((position, value))
+            self._values.append(value)
+        self._draws = self._plan_draws()
+        self.losses = [
+            (position, result)
+            for position, result in enumerate(lowered.results)
+            if result.outputs[0].role == "loss"
+        ]
+        self._plan_updates()
+        self._plan_seeds(scaling)
+        self._learning = [
+            position
+            for position, value in enumerate(self._values)
+            if value is not None and value.requires_grad
+        ]
+        self._with_gradient: list[int] = []  # of these, once a step has been run
+        self.models, self._trains = models, name.startswith("train/")
+        make = partial(Taped, buffers=self._buffers, wanted=chosen.taped)
+        compiled = None if chosen.improve is None else partial(chosen.improve, name)
+        self._step = make(self._forward_backward, compiled=compiled)
+        self._forward = make(lambda *values: self.lowered(values))
+
+    def _plan_draws(self) -> list[tuple[tuple[str, ...], int | None, Fill, torch.Generator]]:
+        """Each model's draws in its own operator order; between models no order matters."""
+        found = []
+        for _, source in self._random:
+            names = tuple(node.name for node in source.nodes)
+            for lane, node in enumerate(source.nodes):
+                generator = self._members[str(node.keyword("model"))].state.generator
+                order = node.keyword("order")
+                assert isinstance(order, int)
+                place = lane if source.packed else None
+                found.append((order, names, place, filler(node), generator))
+        found.sort(key=lambda item: item[0])
+        return [item[1:] for item in found]
+
+    def _plan_updates(self) -> None:
+        self.updates: list[tuple[int, Tensor]] = []
+        for position, result in enumerate(self.lowered.results):
+            if result.outputs[0].role == "update":
+                self.updates.append((position, self._buffer(result.outputs[0], result.packed)))
+        written = [self._buffer(output, True) for output in self.lowered.written]
+        targets = {id(target): target for target in [t for _, t in self.updates] + written}
+        self._buffers = list(targets.values())
+        self._before = [torch.empty_like(buffer) for buffer in self._buffers]
+
+    def _plan_seeds(self, scaling: Scaling | None) -> None:
+        """Which losses are scaled by what; scales are read anew at every step."""
+        self._scale: Tensor | None = None
+        self._lanes: dict[int, Tensor] = {}
+        for position, result in self.losses:
+            models = [output.model for output in result.outputs]
+            if scaling is not None and scaling.covers(models):
+                self._scale, self._lanes[position] = scaling.scale, scaling.lanes(models)
+
+    def _buffer(self, output: Output, packed: bool) -> Tensor:
+        """Where an updated buffer lies: in its pack, or its model's own tensor."""
+        own = self._members[output.model].state.tensors[output.key]
+        return self._packed.place.get((output.model, output.key), own) if packed else own
+
+    def draw(self) -> Drawn:
+        """This step's random tensors, each model's from its own stream in its own order."""
+        drawn: dict[tuple[str, ...], Tensor] = {}
+        for _, source in self._random:
+            type_ = source.nodes[0].types[0]
+            assert type_ is not None
+            members = len(source.nodes) if source.packed else None
+            names = tuple(node.name for node in source.nodes)
+            drawn[names] = empty(type_, self.lowered.device, members)
+        for names, lane, fill, generator in self._draws:
+            fill(drawn[names] if lane is None else drawn[names][lane], generator)
+        return drawn
+
+    def together(self, single: Mapping[str, Tensor]) -> Drawn:
+        """A step's random tensors from those of single nodes, drawn before."""
+        found: dict[tuple[str, ...], Tensor] = {}
+        for _, source in self._random:
+            names = tuple(node.name for node in source.nodes)
+            lanes = [single[name] for name in names]
+            found[names] = torch.stack(lanes) if source.packed else lanes[0]
+        return found
+
+    @property
+    def settled(self) -> bool:
+        """Whether it was run, and has the form that it will keep."""
+        return (self._step if self._trains else self._forward).settled
+
+    @property
+    def count(self) -> int:
+        """How many results it gives."""
+        return len(self.lowered.results)
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """What it draws from, each once."""
+        return list({id(generator): generator for *_, generator in self._draws}.values())
+
+    def outcomes(self, results: Sequence[Tensor]) -> dict[ModelId, Outcome]:
+        """What each model computed in evaluation, from the program's results."""
+        found: dict[ModelId, dict[str, Tensor]] = {model: {} for model in self.models}
+        for result, value in zip(self.lowered.results, results):
+            for output, lane in lanes_of(result, value):
+                found[output.model][output.role] = lane
+        return {m: Result(roles["loss"], roles.get("prediction")) for m, roles in found.items()}
+
+    def train(self, leaves: Leaves, drawn: Drawn, *, undo: bool = True) -> list[Tensor]:
+        """One forward and backward: results, and gradients added to those of the sources.
+
+        Buffers may already be written when it raises; with `undo`, `restore` takes that back.
+        """
+        values = self._handed(leaves, drawn, undo)
+        replayed = self._step.replaying
+        results = list(self._step(values))
+        if replayed:
+            several = results[len(self.lowered.results) :]
+            for position, gradient in zip(self._with_gradient, several, strict=True):
+                leaf = values[position]
+                leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+        return results[: len(self.lowered.results)]
+
+    def _forward_backward(self, *values: Tensor) -> list[Tensor]:
+        """The program's results, and this step's gradient of each source that has one."""
+        earlier = {i: values[i].grad for i in self._learning if values[i].grad is not None}
+        for position in earlier:
+            values[position].grad = None
+        results = self.lowered(values[: len(self._values)])
+        learning = [p for p, _ in self.losses if results[p].requires_grad]
+        if learning:  # gradients of the sum of losses, without computing the sum
+            scale = values[-1]  # where one of the losses is scaled
+            torch.autograd.backward(
+                [results[position] for position in learning],
+                [
+                    seeds(scale, self._lanes[position], results[position])
+                    if position in self._lanes
+                    else torch.ones_like(results[position])
+                    for position in learning
+                ],
+            )
+        self._with_gradient = [i for i in self._learning if values[i].grad is not None]
+        gradients = [values[i].grad for i in self._with_gradient]
+        for position, gradient in earlier.items():
+            now = values[position].grad
+            assert gradient is not None
+            values[position].grad = gradient if now is None else gradient + now
+        return [*(result.detach() for result in results), *gradients]  # type: ignore[list-item]
+
+    def evaluate(self, leaves: Leaves, drawn: Drawn, *, undo: bool = True) -> list[Tensor]:
+        """One forward without gradients; buffers may already be written when it raises."""
+        with torch.no_grad():
+            return list(self._forward(self._handed(leaves, drawn, undo)))
+
+    def _handed(self, leaves: Leaves, drawn: Drawn, undo: bool) -> list[Tensor]:
+        """The tensors of all sources for one batch; with `undo`, buffers are kept."""
+        values = self._values.copy()
+        for position, name, dtype, shape in self._inputs:
+            leaf = leaves.get(name)
+            if leaf is None or leaf.dtype is not dtype or leaf.shape != shape:
+                raise _unexpected(leaves, name, dtype, shape)
+            values[position] = leaf
+        for position, source in self._random:
+            values[position] = drawn[tuple(node.name for node in source.nodes)]
+        for position, parameter in self._idle:
+            values[position] = parameter.detach()
+        if self._buffers and undo:
+            torch._foreach_copy_(self._before, self._buffers)
+        scale = [] if self._scale is None else [self._scale]
+        return [*values, *scale]  # type: ignore[list-item]
+
+    def commit(self, results: Sequence[Tensor]) -> None:
+        """Write the buffers' new values."""
+        if not self.updates:
+            return
+        with torch.no_grad():
+            targets = [target for _, target in self.updates]
+            torch._foreach_copy_(targets, [results[position] for position, _ in self.updates])
+
+    def restore(self) -> None:
+        """Undo what a failed run wrote into buffers."""
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, self._before)
+
+
+def lanes_of(result: LoweredResult, value: Tensor) -> Iterator[tuple[Output, Tensor]]:
+    """Each output of a result with its own value."""
+    return zip(result.outputs, value.unbind(0) if result.packed else [value], strict=True)
+
+
+def _expected(node: Node) -> tuple[str, torch.dtype, torch.Size]:
+    type_ = node.types[0]
+    assert type_ is not None
+    return str(node.keyword("leaf")), getattr(torch, type_.dtype), torch.Size(type_.shape)
+
+
+def _unexpected(leaves: Leaves, name: str, dtype: torch.dtype, shape: torch.Size) -> DataError:
+    if name not in leaves:
+        return DataError(f"the batch has no {name}; it has {', '.join(leaves)}")
+    return DataError(
+        f"the batch's {name} is {leaves[name].dtype} {list(leaves[name].shape)}; the first "
+        f"batch's was {dtype} {list(shape)}"
+    )
