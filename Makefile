@@ -11,8 +11,9 @@ TEST_ENV := OMP_NUM_THREADS=1
 demo: $(STAMP)
 	$(BIN)/cgo demo
 
+# A file's tests run in one process, two files at a time: fixtures of a module are made once.
 test: $(STAMP)
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not long"
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile
 
 test-all: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest

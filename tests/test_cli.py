@@ -55,7 +55,8 @@ def test_run_trains_a_search_and_goes_on_with_it(search, tmp_path):
 
 
 def test_explain_says_what_is_not_merged_and_trains_nothing(search, tmp_path):
-    done = call("explain", str(search), "--dump", folder=tmp_path)
+    done = call("explain", str(search), "--dump", "--memory", folder=tmp_path)
+    assert "Estimated peak memory" in done.stdout
     assert "raises_later-2.0 trains as an opaque lane: " in done.stdout
     assert "depends on trainable parameters" in done.stdout
     assert "cgo.input(" in done.stdout

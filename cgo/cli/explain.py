@@ -16,10 +16,12 @@ from rich.table import Table
 from cgo.cli import view
 from cgo.fusion import FusionReport, fusion_report
 from cgo.graph import dump
+from cgo.graph_data import GraphData
 from cgo.passes.batch_operators import BatchOperators
 from cgo.passes.unmerged import Family
 from cgo.planner import Plan, Planner
 from cgo.runtime.builder import Decision
+from cgo.runtime.memory import Cache, estimate
 from cgo.runtime.tuning import make_tuner
 from cgo.search_spec import load
 from cgo.tuning import Tuning
@@ -34,12 +36,15 @@ _MOST_ROWS = 30
 def explain(
     spec: Annotated[Path, typer.Argument(help="the search, a YAML file")],
     dump_graph: Annotated[bool, typer.Option("--dump", help="print the merged graph")] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="estimate peak memory")] = False,
 ) -> None:
     """Show what a search would merge, and why not more, without training it."""
     models = load(spec).build()
     with tempfile.TemporaryDirectory(prefix="cgo-explain-") as folder:
         plan = Planner().plan(models, Path(folder))
         show(Console(), plan)
+        if memory and plan.graph_data is not None:
+            _show_memory(Console(), plan.graph_data)
     if dump_graph and plan.graph_data is not None:
         print(dump(plan.graph_data.graph))
 
@@ -109,6 +114,25 @@ def _show_times(console: Console, report: FusionReport) -> None:
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _show_memory(console: Console, data: GraphData) -> None:
+    """Print what training is estimated to take, merged and each model alone."""
+    trainings = {entry.id: entry.training for entry in data.models if entry.opaque is None}
+    if not trainings:
+        return
+    known: Cache = {}
+    merged = estimate(data.graph, trainings, cache=known)
+    alone = {m: estimate(data.graph, trainings, [m], cache=known) for m in trainings}
+    table = Table("", "state", "one step on top", "peak", title="Estimated peak memory, in MB")
+    largest = sorted(alone, key=lambda model: -alone[model].peak)[:_MOST_ROWS]
+    rows = [("merged", merged), *((f"{model} alone", alone[model]) for model in largest)]
+    for name, found in rows:
+        on_top = found.peak - found.state
+        table.add_row(name, *(f"{size / 1e6:.2f}" for size in (found.state, on_top, found.peak)))
+    if (rest := len(alone) - len(largest)) > 0:
+        table.add_row(f"... and {rest:,} more", "", "", "")
+    console.print(table)
 
 
 def _repacked(decisions: Sequence[Decision]) -> Table:
