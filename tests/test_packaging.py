@@ -27,11 +27,11 @@ def test_a_trial_imports_no_engine_and_no_pass_that_merges():
     unwanted = {"cgo.engine", "cgo.scheduler", "cgo.planner", "cgo.store", "cgo.cli", "typer"}
     assert not unwanted & found
     assert not any(name.startswith("cgo.capture") for name in found)
-    # Layouts go by costs, which are those of the trial's device; whether stems are stored goes by
-    # its data and its memory.
+    # Layouts go by costs, which are those of the trial's device; whether stems are stored, in which
+    # order nodes run and where models are placed goes by its data, its memory and its devices.
     passes = {name for name in found if name.startswith("cgo.passes.")}
-    names = ("assign_layouts", "samplewise", "sharing", "split_stems")
-    assert passes == {f"cgo.passes.{name}" for name in names}
+    names = "assign_layouts balance order_nodes place samplewise sharing split_stems work"
+    assert passes == {f"cgo.passes.{name}" for name in names.split()}
 
 
 def test_every_exported_name_is_there():
