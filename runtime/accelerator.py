@@ -10,9 +10,11 @@ CPU has nothing baked in that would be stale on a GPU.
 from __future__ import annotations
 
 import contextlib
+import gc
 import statistics
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -61,6 +63,10 @@ class Accelerator(Protocol):
             CaptureRefused: it synchronises, or does what cannot be done again.
         """
 
+    @property
+    def capturing(self) -> bool:
+        """Whether a body is being captured now."""
+
     def side_by_side(self, branches: Sequence[Callable[[], None]]) -> None:
         """Run branches that do not depend on each other; returns with all of them ordered."""
 
@@ -89,6 +95,16 @@ class Accelerator(Protocol):
         """Give cached memory back."""
 
 
+#: What errors say that have no type of their own: of the host, of CUDA, and of its libraries.
+_NO_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "not enough memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that can be allocated on a device."""
     return accelerator_for(device).free_bytes()
@@ -98,10 +114,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on any device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "DefaultCPUAllocator: can't allocate memory" in text or "not enough memory" in text
-    )
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
 
 
 def without_frames(error: Exception) -> Exception:
@@ -120,17 +133,20 @@ class Host:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.capturing = False
 
     def capture(
         self, body: Callable[[], Sequence[Tensor]], generators: Sequence[torch.Generator] = ()
     ) -> Captured:
         """See `Accelerator`; the body is run once, and what it wrote is undone."""
         states = [generator.get_state() for generator in generators]
+        self.capturing = True
         try:
             results, replay = record_body(body)
         except TapeError as error:
             raise CaptureRefused(str(error)) from error
         finally:
+            self.capturing = False
             for generator, state in zip(generators, states):
                 generator.set_state(state)
         return Captured(results, replay)
@@ -177,42 +193,44 @@ class Cuda:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._pool: Any = None
+        self._pool: Any = None  # of the graphs that are there now
+        self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
         self._capture_stream: Any = None
-        self._sides: list[Any] = []
+        self._forks: list[Any] = []  # inside graphs
+        self._sides: list[Any] = []  # beside them: a stream's workspaces must not serve both
         self._used: set[int] = set()  # side streams that nobody has waited for
         self._begun: Any = None  # what they follow
+
+    @property
+    def capturing(self) -> bool:
+        """See `Accelerator`."""
+        return torch.cuda.is_current_stream_capturing()
 
     def capture(
         self, body: Callable[[], Sequence[Tensor]], generators: Sequence[torch.Generator] = ()
     ) -> Captured:
         """See `Accelerator`."""
-        with torch.cuda.device(self.device):
-            if self._pool is None:
+        # Whatever happens, the stream that was current comes back: a capture that fails to end
+        # would leave its own.
+        current = torch.cuda.current_stream(self.device)
+        with torch.cuda.device(self.device), torch.cuda.stream(current):
+            if not self._graphs:  # a pool does not outlive its last graph
                 self._pool = torch.cuda.graph_pool_handle()
-                self._capture_stream = torch.cuda.Stream(self.device)
+            if self._capture_stream is None:
+                # Streams are handed out in turn, by priority: loaders' copies use the other one.
+                self._capture_stream = torch.cuda.Stream(self.device, priority=-1)
             graph = torch.cuda.CUDAGraph()
             for generator in generators:
                 graph.register_generator_state(generator)
             try:
-                # Loader threads go on allocating pinned memory: only this thread is watched. And
-                # the backward stays on it, as do the streams that it was told to use.
-                with (
-                    torch.autograd.set_multithreading_enabled(False),
-                    torch.cuda.graph(
-                        graph,
-                        pool=self._pool,
-                        stream=self._capture_stream,
-                        capture_error_mode="thread_local",
-                    ),
-                ):
-                    results = list(body())
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                torch.cuda.synchronize(self.device)
+                results = self._captured(graph, body)
+            except Exception as error:
+                self._abandon(graph)
+                if is_out_of_memory(error):
+                    raise
                 text = str(error).partition("\n")[0]
                 raise CaptureRefused(f"the step cannot be captured: {text}") from error
+            self._graphs.add(graph)
 
         def replay() -> None:
             with torch.cuda.device(self.device):
@@ -220,23 +238,56 @@ class Cuda:
 
         return Captured(results, replay)
 
-    def _streams(self) -> list[Any]:
-        if not self._sides:
-            self._sides = [torch.cuda.Stream(self.device) for _ in range(SIDE_STREAMS)]
-        return self._sides
+    def _captured(self, graph: Any, body: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
+        collects = gc.isenabled()
+        gc.disable()  # an old graph that is collected now would be destroyed inside the capture
+        try:
+            # Loader threads go on allocating pinned memory: only this thread is watched. And the
+            # backward stays on it, as do the streams that it was told to use.
+            with (
+                torch.autograd.set_multithreading_enabled(False),
+                torch.cuda.graph(
+                    graph,
+                    pool=self._pool,
+                    stream=self._capture_stream,
+                    capture_error_mode="thread_local",
+                ),
+            ):
+                return list(body())
+        finally:
+            if collects:
+                gc.enable()
+
+    def _abandon(self, graph: Any) -> None:
+        """After a capture that failed: let the allocator forget it, and use another pool."""
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.synchronize(self.device)
+        try:
+            graph.pool()
+        except RuntimeError:  # the capture has not ended: torch does this only where it has
+            for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+                undo = getattr(torch._C, name, None)
+                with contextlib.suppress(RuntimeError):
+                    if undo is not None:
+                        undo(self.device.index, self._pool)
+        self._graphs = weakref.WeakSet()
 
     def side_by_side(self, branches: Sequence[Callable[[], None]]) -> None:
         """Fork, one branch on the current stream and the others beside it, and join."""
+        if not self._forks:
+            self._forks = [torch.cuda.Stream(self.device, priority=-1) for _ in range(SIDE_STREAMS)]
         main = torch.cuda.current_stream(self.device)
-        sides = self._streams()[: len(branches) - 1]
+        sides = self._forks[: len(branches) - 1]
         for side in sides:
             side.wait_stream(main)
         streams = [main, *sides]
-        for index, branch in enumerate(branches):
-            with torch.cuda.stream(streams[index % len(streams)]):
-                branch()
-        for side in sides:
-            main.wait_stream(side)
+        try:
+            for index, branch in enumerate(branches):
+                with torch.cuda.stream(streams[index % len(streams)]):
+                    branch()
+        finally:  # a capture that is left with unjoined streams hides what went wrong
+            for side in sides:
+                main.wait_stream(side)
 
     def begin(self) -> None:
         """See `Accelerator`."""
@@ -248,7 +299,9 @@ class Cuda:
     def beside(self, index: int) -> Iterator[None]:
         """See `Accelerator`."""
         chosen = index % SIDE_STREAMS
-        side = self._streams()[chosen]
+        if not self._sides:
+            self._sides = [torch.cuda.Stream(self.device) for _ in range(SIDE_STREAMS)]
+        side = self._sides[chosen]
         if chosen not in self._used:
             side.wait_event(self._begun)
             self._used.add(chosen)
@@ -278,9 +331,14 @@ class Cuda:
             return float(begin.elapsed_time(end)) / 1000
 
     def free_bytes(self) -> int:
-        """What the driver has left for anybody, and what this process holds unused."""
+        """What the driver has left for anybody, and what this process holds for eager work."""
         free, _ = torch.cuda.mem_get_info(self.device)
-        held = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        held = sum(
+            segment["total_size"] - segment["allocated_size"]
+            for segment in torch.cuda.memory_snapshot()
+            if segment["device"] == (self.device.index or 0)
+            and tuple(segment.get("segment_pool_id", (0, 0))) == (0, 0)
+        )
         return int(free + held)
 
     def peak_bytes(self) -> int | None:

@@ -10,6 +10,7 @@ back, so an epoch goes by without a synchronisation. On what this is done for, s
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,9 @@ from cgo.runtime.bound import Bound, Outcome
 from cgo.runtime.data import Leaves
 from cgo.runtime.lanes import MergedLanes
 from cgo.runtime.updates import Updates
+
+#: A step that has been captured so often is left eager: each takes as long as many steps.
+_MOST_CAPTURES = 4
 
 #: Split, samples of the batch, models.
 _Key = tuple[str, int, tuple[ModelId, ...]]
@@ -69,8 +73,8 @@ class CapturedLanes:
     ) -> None:
         self.lanes, self._accelerator, self._tell = lanes, accelerator, tell
         self._gradients = gradients
-        self._models: tuple[ModelId, ...] = ()
-        self._packing: object = None
+        self._arranged: object = None  # what the steps are of
+        self._captures: Counter[_Key] = Counter()
         self._training: dict[_Key, _Training] = {}
         self._evaluation: dict[_Key, _Evaluation] = {}
         self._sums: dict[ModelId, tuple[Tensor, int]] = {}  # taken from steps, for `take_sums`
@@ -158,14 +162,20 @@ class CapturedLanes:
 
     def _ready(self, key: _Key) -> Updates | None:
         """The optimizer step, where the lanes are packed for these models, and may be captured."""
-        if key in self.refused or not self.lanes.wants_capture(key[2]):
+        if not self.lanes.wants_capture(key[2]):
+            self._clear()  # before anything is packed anew: graphs hold their memory
             return None
-        if self._packing is not self.lanes.packing:
-            self._packing = self.lanes.packing
-            for (_, _, models), step in self._training.items():
-                self._count(step, models)
-            self._training, self._evaluation, self.refused = {}, {}, {}
-        return self.lanes.updates
+        updates = self.lanes.updates
+        arranged = self.lanes.packing, None if updates is None else updates.version
+        if self._arranged != arranged:
+            self._clear()
+            self._arranged = arranged
+        return None if key in self.refused else updates
+
+    def _clear(self) -> None:
+        for (_, _, models), step in self._training.items():
+            self._count(step, models)
+        self._training, self._evaluation, self._captures, self.refused = {}, {}, Counter(), {}
 
     def _capture_training(self, key: _Key, leaves: Leaves, updates: Updates) -> _Training | None:
         models = key[2]
@@ -222,7 +232,10 @@ class CapturedLanes:
     ) -> Captured | None:
         started = time.perf_counter()
         program = f"{key[0]}/{key[1]}"
+        self._captures[key] += 1
         try:
+            if self._captures[key] > _MOST_CAPTURES:
+                raise CaptureRefused("hyper-parameters that are no learning rates keep changing")
             captured = self._accelerator.capture(body, [g for b in bounds for g in b.generators])
         except Exception as error:
             if not isinstance(error, CaptureRefused) and not is_out_of_memory(error):

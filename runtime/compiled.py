@@ -21,7 +21,12 @@ import torch
 from torch import Tensor, fx
 
 from cgo.errors import CgoError
-from cgo.runtime.accelerator import Accelerator, CaptureRefused, captured_seconds
+from cgo.runtime.accelerator import (
+    Accelerator,
+    CaptureRefused,
+    captured_seconds,
+    is_out_of_memory,
+)
 from cgo.runtime.tape import Replay, Tape, Value
 
 log = logging.getLogger(__name__)
@@ -107,7 +112,9 @@ class Compiler:
             return _seconds(forms, inputs)
         try:
             return [captured_seconds(self.accelerator, form, inputs) for form in forms]
-        except CaptureRefused as error:
+        except Exception as error:
+            if not isinstance(error, CaptureRefused) and not is_out_of_memory(error):
+                raise
             log.info("steps are timed as they are called: %s", error)
             return _seconds(forms, inputs)
 

@@ -29,7 +29,14 @@ from cgo.errors import CgoError
 from cgo.graph import HANDED, Graph, Node, Ref, TensorType, inputs_of
 from cgo.machine import devices
 from cgo.passes.sharing import argument_key
-from cgo.runtime.accelerator import Accelerator, accelerator_for, captured_seconds
+from cgo.runtime.accelerator import (
+    Accelerator,
+    CaptureRefused,
+    accelerator_for,
+    captured_seconds,
+    is_out_of_memory,
+    without_frames,
+)
 from cgo.runtime.builder import Builder
 from cgo.runtime.choice import LOOPED, Way
 from cgo.runtime.emitter import Column, Emitter, Group, Packed, Types, make_group
@@ -257,7 +264,13 @@ class Timer:
         function = builder.compiled(results)
         size = sum(math.prod(shape) * 4 for _, shape, _, _ in given)
         sets = max(1, min(_MOST_SETS, int(_ROTATED_BYTES / max(size, 1))))
-        return _timed(function, [[self._value(g) for g in given] for _ in range(sets)])
+        try:
+            return _timed(function, [[self._value(g) for g in given] for _ in range(sets)])
+        except Exception as error:
+            if not isinstance(error, CaptureRefused) and not is_out_of_memory(error):
+                raise
+            without_frames(error)
+            return math.inf  # another way, or the rules
 
     def _given(
         self, emitter: Emitter, group: Group, way: Way
@@ -381,6 +394,7 @@ def timed_captured(
             forms.append(forked(tape, sections, accelerator))
         return min(captured_seconds(accelerator, form, values) for form in forms)
     except TapeError:
+        once(*values)  # what was recorded has stopped midway
         return captured_seconds(accelerator, once, values)
 
 

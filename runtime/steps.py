@@ -7,7 +7,7 @@ pass over memory once, and its single-tensor functions over flat tensors elsewhe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,7 +90,12 @@ def kind_rule(updater: Updater) -> Callable[[Mapping[str, Any]], Kind | None] | 
 
     def kind(group: Mapping[str, Any]) -> Kind | None:
         parts = found(group)
-        return None if parts is None else Kind(*parts, dtype)
+        if parts is None:
+            return None
+        made = Kind(*parts, dtype)
+        # Kernels have betas and momentum as numbers of Python's; a schedule of them needs tensors.
+        cycles = getattr(updater.scheduler, "cycle_momentum", False)
+        return replace(made, everywhere=False) if cycles else made
 
     return kind
 

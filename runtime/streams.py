@@ -18,8 +18,16 @@ import networkx
 import torch
 from torch import Tensor
 
-from cgo.runtime.accelerator import SIDE_STREAMS, Accelerator, CaptureRefused, captured_seconds
+from cgo.runtime.accelerator import (
+    SIDE_STREAMS,
+    Accelerator,
+    CaptureRefused,
+    captured_seconds,
+    is_out_of_memory,
+    without_frames,
+)
 from cgo.runtime.tape import Call, Replay, Tape, Value, invoke
+from cgo.runtime.taped import agree
 
 #: What launching a kernel weighs, in bytes that it could have moved.
 _LAUNCH_BYTES = 2**20
@@ -98,10 +106,16 @@ def _is_view(call: Call) -> bool:
     return any(item.alias_info is not None for item in call.op._schema.returns)
 
 
+_STATISTICS = ("running_mean", "running_var")
+
+
 def _written(call: Call) -> Iterable[Value]:
+    norm = "batch_norm" in call.op._schema.name
     for argument in call.op._schema.arguments:
         given = call.arguments.get(argument.name)
-        if argument.alias_info is not None and argument.alias_info.is_write:
+        # Norms update their running statistics without saying so.
+        hidden = norm and argument.name in _STATISTICS
+        if hidden or (argument.alias_info is not None and argument.alias_info.is_write):
             items = given if isinstance(given, tuple) else (given,)
             yield from (item for item in items if isinstance(item, Value))
 
@@ -233,6 +247,29 @@ def forked_calls(sections: Sequence[Section]) -> int:
     return sum(sum(map(len, s.branches)) for s in sections if len(s.branches) > 1)
 
 
+def _overwritten(tape: Tape, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors from outside that a tape writes."""
+    memory = _memory(tape, inputs)
+    written = {memory[value] for call in tape.calls for value in _written(call)}
+    given = [*zip(tape.inputs, inputs), *tape.constants.items()]
+    return [tensor for value, tensor in given if memory[value] in written]
+
+
+def _alike(
+    left: Replay, right: Replay, inputs: Sequence[Tensor], written: Sequence[Tensor]
+) -> bool:
+    """Whether two forms give the same results, and leave the same in what they write."""
+    before = [tensor.clone() for tensor in written]
+    found = []
+    with torch.no_grad():
+        for form in (left, right):
+            for tensor, value in zip(written, before):
+                tensor.copy_(value)
+            results = [result.clone() for result in form(*inputs)]
+            found.append([*results, *(tensor.clone() for tensor in written)])
+    return agree(*found)
+
+
 @dataclass(frozen=True)
 class Overlap:
     """Decides which steps run on several streams: those that are faster so, captured and timed.
@@ -265,12 +302,25 @@ class Overlap:
             plain_s, forked_s = (
                 captured_seconds(self.accelerator, form, inputs) for form in (replay, found)
             )
-        except CaptureRefused as error:
-            self.tell("overlap", step=name, forked=0, reason=str(error))
+            right = _alike(replay, found, inputs, _overwritten(tape, inputs))
+        except Exception as error:
+            if not isinstance(error, CaptureRefused) and not is_out_of_memory(error):
+                raise
+            self.tell("overlap", step=name, forked=0, reason=str(without_frames(error)))
+            return None
+        if not right:
+            self.tell("overlap", step=name, forked=0, reason="streams give other values")
             return None
         faster = forked_s < plain_s
         self.tell(
             "overlap", step=name, calls=len(tape.calls), forked=several if faster else 0,
             before_s=plain_s, after_s=forked_s,
         )  # fmt: skip
-        return found if faster else None
+        if not faster:
+            return None
+
+        def run(*given: Tensor) -> Sequence[Tensor]:
+            # Called from Python, a launch at a time, the interpreter is the faster one.
+            return (found if self.accelerator.capturing else replay)(*given)
+
+        return run

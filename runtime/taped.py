@@ -102,7 +102,7 @@ class Taped:
             found = [*replay(*inputs), *self._buffers]
         except RuntimeError as error:
             raise TapeError(f"the replay failed: {error}") from error
-        if not _agree(expected, found):
+        if not agree(expected, found):
             raise TapeError("the replay does not give the same bits")
         if self._compiled is None:
             return replay
@@ -127,7 +127,7 @@ def _restore(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 _CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 
-def _agree(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
+def agree(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
     """Whether tensors are equal, NaN to NaN; to the bit on a CPU."""
     return len(left) == len(right) and all(map(_equal, left, right))
 

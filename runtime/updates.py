@@ -13,6 +13,7 @@ schedulers work unchanged, and its `state` holds views of the flat moments.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +27,9 @@ from cgo.runtime.optimizers import Updater
 from cgo.runtime.packing import rehome
 from cgo.runtime.scaling import Scaling
 from cgo.runtime.steps import Kind, Number, Part, kind_rule
+
+#: Numbers of arrangements, so that none is taken for another's.
+_VERSIONS = itertools.count()
 
 Leaf = tuple[Tensor, list[Tensor]]  # a packed leaf, and its lanes as the models' own parameters
 
@@ -49,7 +53,7 @@ class Updates:
                 captured; None: they are Python's.
             scaling: Knows of models whose scaled gradients have overflowed: they stay as they are.
         """
-        self._version = 0  # of the arrangement
+        self.version = next(_VERSIONS)  # of the arrangement
         self._updaters = dict(updaters)
         self._accelerator, self._scaling = accelerator, scaling
         self._learning = list(learning)
@@ -81,7 +85,7 @@ class Updates:
             self.sync()  # a scheduler changed what has to be computed, or a program what learns
             self._plan = kinds
             self._flats = self._arrange()
-            self._version += 1
+            self.version = next(_VERSIONS)
         for flat in self._flats:
             flat.prepare(without)
 
@@ -103,7 +107,7 @@ class Updates:
     @property
     def signature(self) -> list[Any]:
         """What a captured `apply` holds for: the arrangement, and numbers that are Python's."""
-        return [self._version, *(flat.baked for flat in self._flats)]
+        return [self.version, *(flat.baked for flat in self._flats)]
 
     def apply(self) -> None:
         """Clip and update, by what was prepared: work of the device alone."""

@@ -1,5 +1,6 @@
 """The same equivalence on a CUDA device; skipped aloud where there is none."""
 
+import gc
 import math
 
 import oracle
@@ -138,15 +139,20 @@ def test_an_epoch_of_replays_does_not_synchronise(cuda, tmp_path):
 def test_out_of_memory_divides_the_models(cuda, tmp_path):
     cases = [Case(f"m{n}", "mlp", {"width": 4096}, seed=n, training={"epochs": 2})
              for n in range(8)]  # fmt: skip
-    whole, _ = run(cases, tmp_path / "whole", cuda)
+    events = []
+    # Nothing is planned, so that memory does run out.
+    unplanned = {**CAPTURED, "memory_bytes": 2**60}
+    whole, _ = run(cases, tmp_path / "whole", cuda, unplanned, events)
+    peak = max(e["measured_bytes"] for e in told(events, "memory") if "measured_bytes" in e)
+    gc.collect()
     torch.cuda.empty_cache()
     total = torch.cuda.mem_get_info(cuda)[1]
-    peak = torch.cuda.max_memory_allocated(cuda)
     torch.cuda.set_per_process_memory_fraction(min(1.0, 0.75 * peak / total), cuda)
     events = []
     try:
-        short, _ = run(cases, tmp_path / "short", cuda, events=events)
+        short, _ = run(cases, tmp_path / "short", cuda, unplanned, events)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, cuda)
+    assert told(events, "divided")
     for model, losses in whole.items():
         assert short[model] == pytest.approx(losses, rel=1e-4)

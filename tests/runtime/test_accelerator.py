@@ -108,11 +108,23 @@ def test_who_synchronises_is_refused_by_cuda_and_later_captures_work(cuda):
     device = torch.device("cuda", 0)
     accelerator = accelerator_for(device)
     values = torch.ones(3, device=device)
-    with pytest.raises(CaptureRefused, match="cannot be captured"):
-        accelerator.capture(lambda: [values * float(values.sum())])
-    captured = accelerator.capture(lambda: [values * 2])
-    captured.replay()
-    assert captured.results[0].tolist() == [2.0, 2.0, 2.0]
+    generator = torch.Generator(device).manual_seed(3)
+    stream = torch.cuda.current_stream(device)
+
+    def looks():
+        noise = torch.empty(3, device=device).normal_(generator=generator)
+        return [values * float(values.sum()) + noise]
+
+    for _ in range(2):
+        with pytest.raises(CaptureRefused, match="cannot be captured"):
+            accelerator.capture(looks, [generator])
+        assert torch.cuda.current_stream(device) == stream
+        torch.cuda.empty_cache()
+        torch.empty(3, device=device).normal_(generator=generator)
+        captured = accelerator.capture(lambda: [values * 2])
+        captured.replay()
+        assert captured.results[0].tolist() == [2.0, 2.0, 2.0]
+        del captured  # the pool goes with its last graph, and the next has another
 
 
 @pytest.mark.gpu

@@ -51,6 +51,30 @@ def test_schedules_and_counts_of_steps_are_read_anew(optimizer, tmp_path):
     assert merged.told("eager") == []
 
 
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_a_schedule_of_momentum_needs_no_new_capture(precision, tmp_path):
+    cycle = {"scheduler": "OneCycleLR", "scheduler_interval": "step",
+             "scheduler_kwargs": {"max_lr": 0.05, "total_steps": 20}}  # fmt: skip
+    given = training(precision=precision, **cycle)
+    case = Case("m", "mlp", training=given)
+    merged = Merged([case], tmp_path, tuning=CAPTURED)
+    assert [value["program"] for value in merged.told("captured")].count("train/32") == 1
+    alone = torch.tensor(case.alone().losses)
+    close = 1e-9 if precision == "float64" else 1e-4
+    torch.testing.assert_close(torch.tensor(merged.losses["m"]), alone, rtol=close, atol=close)
+
+
+def test_numbers_that_keep_changing_end_in_eager_steps(tmp_path):
+    """Weight decay is a number of Python's in the kernels: each change is a new capture."""
+    schedule = {"scheduler": "support.losses:Decaying", "scheduler_interval": "step"}
+    given = training(precision="float32", epochs=3, **schedule)
+    given["optimizer_kwargs"] = {"lr": 0.05, "weight_decay": 0.01}
+    case = Case("m", "mlp", training=given)
+    merged = Merged([case], tmp_path, tuning=CAPTURED)
+    assert len(merged.told("captured")) >= 2
+    assert "keep changing" in merged.told("eager")[0]["reason"]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family, tmp_path):
     kwargs = {**FAMILIES[family], "dropout": 0.2}

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from cgo.runtime.tape import (
     TapeError,
+    _refuse,
     _source,
     compile_tape,
     interpreted,
@@ -184,3 +185,16 @@ def test_a_body_is_undone_and_replayed_into_the_same_tensors():
 def test_a_tape_knows_the_bytes_of_its_values():
     _, tape = record(lambda x: [x.float() + 1], [torch.zeros(3, dtype=torch.float64)])
     assert sorted(tape.sizes.values()) == [12, 12, 24]
+
+
+def test_an_operator_that_may_drop_out_is_recorded_where_it_is_told_not_to():
+    """Attention's kernels on a GPU are marked as random, whatever their dropout."""
+    attend = torch.ops.aten._scaled_dot_product_flash_attention.default
+    query = torch.randn(1, 2, 4, 8)
+    assert torch.Tag.nondeterministic_seeded in attend.tags
+    _refuse(attend, (query, query, query), {})
+    _refuse(attend, (query, query, query, 0.0), {})
+    with pytest.raises(TapeError, match="process's random stream"):
+        _refuse(attend, (query, query, query, 0.5), {})
+    with pytest.raises(TapeError, match="process's random stream"):
+        _refuse(torch.ops.aten.rand_like.default, (query,), {})

@@ -1,5 +1,6 @@
-"""Loss functions named by import path."""
+"""Loss functions and a scheduler named by import path."""
 
+import torch
 from torch.nn import functional as F
 
 
@@ -10,3 +11,15 @@ def per_sample(output, target):
 
 def smoothed(output, target):
     return F.cross_entropy(output, target, label_smoothing=0.1)
+
+
+class Decaying(torch.optim.lr_scheduler.LRScheduler):
+    """Changes weight decay at each step, and no rate."""
+
+    def get_lr(self):
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def step(self, epoch=None):
+        super().step()
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] *= 0.9
