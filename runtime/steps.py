@@ -16,7 +16,7 @@ from torch import Tensor
 from cgo.runtime.optimizers import Updater
 
 if TYPE_CHECKING:
-    from cgo.runtime.updates import Flat
+    from cgo.runtime.flat import Flat
 
 Number = float | Tensor  # one for all models, or a vector with an element a parameter element
 Groups = Sequence[Mapping[str, Any]]  # each model's parameter group

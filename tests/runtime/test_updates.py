@@ -355,3 +355,14 @@ def test_a_step_lets_go_of_its_gradients(optimizer):
         leaf.grad = None
     assert [storage() for storage in held] == [None] * len(held)
     assert not hasattr(lanes.updates._flats[0], "gradient")
+
+
+def test_on_an_accelerator_leaves_begin_where_vectors_can_be_loaded():
+    given = [TrainingSpec(optimizer="Adam", optimizer_kwargs={"lr": 0.1}) for _ in range(3)]
+    lanes = Lanes(given, dtype=torch.float32)
+    lanes.give(draw_gradients(lanes, torch.Generator().manual_seed(4)))
+    updates = Updates(lanes.updaters, lanes.leaves, accelerator_for(torch.device("cpu")))
+    (flat,) = updates._flats
+    starts = [leaf.data_ptr() - flat.values.data_ptr() for leaf, _ in lanes.leaves]
+    assert all(start % 16 == 0 for start in starts)
+    assert sum(leaf.numel() for leaf, _ in lanes.leaves) < flat.values.numel()  # gaps there are
