@@ -27,7 +27,7 @@ from cgo.runtime.accelerator import (
     captured_seconds,
     is_out_of_memory,
 )
-from cgo.runtime.tape import Replay, Tape, Value
+from cgo.runtime.tape import Replay, Tape, Value, refuse_recording
 
 log = logging.getLogger(__name__)
 
@@ -147,6 +147,7 @@ def compile_step(tape: Tape, inputs: Sequence[Tensor]) -> Replay:
         raise CompileError(f"Inductor: {type(error).__name__}: {str(error)[:500]}") from error
 
     def run(*values: Tensor) -> Sequence[Tensor]:
+        refuse_recording()
         with torch.no_grad():
             results: Sequence[Tensor] = function(*values, *constants)
         return results

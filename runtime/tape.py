@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -119,6 +119,16 @@ def record_body(
                     result.detach().copy_(value)
 
     return results, replay
+
+
+def refuse_recording() -> None:
+    """To be called by code whose work no recorder sees.
+
+    Raises:
+        TapeError: calls are being recorded.
+    """
+    if isinstance(_get_current_dispatch_mode(), _Recorder):
+        raise TapeError("compiled code makes no calls that could be written down")
 
 
 def interpreted(tape: Tape) -> Replay:

@@ -125,6 +125,15 @@ def test_checkpointed_steps_are_captured_as_they_are(tmp_path):
     assert check(cases, tmp_path, tuning).told("captured")
 
 
+def test_compiled_steps_are_not_written_down(tmp_path):
+    """On a CPU: their kernels are no calls; CUDA captures whatever runs on its streams."""
+    tuning = cgo.Tuning(measure=False, capture=True, compile="inductor")
+    cases = [Case(f"m{n}", "mlp", seed=n, training=training()) for n in range(2)]
+    merged = check(cases, tmp_path, tuning)
+    if any(value["after_s"] < value["before_s"] for value in merged.told("compiled")):
+        assert "compiled code" in merged.told("eager")[0]["reason"]
+
+
 def test_evaluation_is_captured_once_it_was_run(tmp_path):
     merged = check([Case("m", "cnn", training=training(epochs=6))], tmp_path)
     programs = [value["program"] for value in merged.told("captured")]
