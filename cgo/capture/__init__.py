@@ -153,7 +153,8 @@ class Capturer:
             # its printed form does not show: the cached graph must fit this very module.
             name = next(iter(known.programs))
             try:
-                validate(known.programs[name], name, module, model.training, examples.batches[name])
+                program, leaves = known.programs[name], examples.batches[name]
+                validate(program, name, module, model.training, leaves, seeds=(1,))
             except CaptureError:
                 return self._export_all(model, module, examples)
         return known
