@@ -138,7 +138,11 @@ def assert_equal_float64(merged, case, alone=None):
         # adaptive optimizers blow up, and the norm's running mean follows. No loss sees either.
         if name not in idle:
             walks = idle and name.endswith("running_mean")
-            close = {"rtol": 1e-5, "atol": 1e-6} if walks else {"rtol": 1e-8, "atol": 1e-10}
+            # Adaptive optimizers also blow up the rounding of gradients that are small, not zero.
+            adaptive = case.training.get("optimizer", "SGD") != "SGD"
+            close = {"rtol": 1e-8, "atol": 1e-8 if adaptive else 1e-10}
+            if walks:
+                close = {"rtol": 1e-5, "atol": 1e-6}
             torch.testing.assert_close(state[name], value, **close)
 
 

@@ -191,8 +191,18 @@ class Drawn(nn.Module):
             with torch.no_grad():
                 values.append(layer.eval()(*(values[i] for i in used)))
             layer.train()
+            self._off_the_kinks(layer)
         self.live = self._live()
         self.head = nn.Linear(values[-1].flatten(1).shape[1], 10)
+
+    @staticmethod
+    def _off_the_kinks(layer):
+        """A bias of zero gives values of rounding errors where a norm sees its mean; an activation
+        with a kink at zero then has a gradient that goes by their signs.
+        """
+        bias = getattr(layer, "bias", None)
+        if "Norm" in type(layer).__name__ and bias is not None:
+            nn.init.uniform_(bias, -0.5, 0.5)
 
     def _live(self):
         """Values that the last one depends on; the other layers have parameters, but do not run.
