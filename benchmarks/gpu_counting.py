@@ -8,8 +8,7 @@ that fuses elementwise operators may move less.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from cgo.bench.methods import Solo
+from cgo.runtime.precision import tf32
 
 #: Calls that give memory without touching it.
 _UNTOUCHED = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"}
@@ -99,26 +99,16 @@ def measure_ceilings(device: torch.device, *, reduced: bool) -> Ceilings:
     rows, size = (1024, 2**24) if reduced else (8192, 2**28)
     a, b = (torch.randn(rows, rows, device=device) for _ in range(2))
     product = torch.empty_like(a)
-    with _product_precision("highest"):
+    with tf32(False):
         plain = 2 * rows**3 / seconds(lambda: torch.mm(a, b, out=product), device)
     fast = None
     if device.type == "cuda":
-        with _product_precision("high"):
+        with tf32(True):
             fast = 2 * rows**3 / seconds(lambda: torch.mm(a, b, out=product), device)
     source = torch.ones(size, device=device)
     target = torch.empty_like(source)
     copied = 2 * 4 * size / seconds(lambda: target.copy_(source), device)
     return Ceilings(plain, fast, copied)
-
-
-@contextmanager
-def _product_precision(wanted: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(wanted)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def seconds(action: Callable[[], Any], device: torch.device, rounds: int = 9) -> float:

@@ -17,8 +17,8 @@ def settings():
 
 @pytest.fixture(autouse=True)
 def as_torch_starts():
-    torch.backends.cuda.matmul.fp32_precision = "none"  # whatever other tests have left
     before = settings()
+    assert before == (False, True, "highest", "none", "tf32", "tf32")
     yield
     assert settings() == before
 
