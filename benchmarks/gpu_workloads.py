@@ -6,7 +6,7 @@ runs, "small" is what equivalence is checked on, in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,11 +86,16 @@ def _cnns(size: str) -> list[Model]:
 
 
 def _narrow_resnets(size: str) -> list[Model]:
-    count, width, blocks, image, batch = {
+    return _resnets("narrow", size, {
         "full": (256, 8, 2, 32, 256), "reduced": (8, 4, 1, 16, 16), "small": (3, 2, 1, 8, 8),
-    }[size]  # fmt: skip
+    })  # fmt: skip
+
+
+def _resnets(name: str, size: str, sizes: Mapping[str, tuple[int, ...]]) -> list[Model]:
+    """Equal ResNets; `sizes` are number, width, blocks, image and batch."""
+    count, width, blocks, image, batch = sizes[size]
     factories = [("cgo.bench.networks:resnet18", {"width": width, "blocks": blocks})] * count
-    return _models("narrow", factories, [3, image, image], batch, size)
+    return _models(name, factories, [3, image, image], batch, size)
 
 
 def _encoders(size: str) -> list[Model]:
@@ -113,11 +118,9 @@ def _encoders(size: str) -> list[Model]:
 
 
 def _wide_resnets(size: str) -> list[Model]:
-    count, width, blocks, image, batch = {
+    return _resnets("wide", size, {
         "full": (4, 64, 2, 32, 64), "reduced": (2, 16, 1, 16, 16), "small": (2, 4, 1, 8, 8),
-    }[size]  # fmt: skip
-    factories = [("cgo.bench.networks:resnet18", {"width": width, "blocks": blocks})] * count
-    return _models("wide", factories, [3, image, image], batch, size)
+    })  # fmt: skip
 
 
 def _mixed(size: str) -> list[Model]:

@@ -117,6 +117,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
 
 
+def leaves_eager(error: BaseException) -> bool:
+    """Whether an error of a capture says that the body has to run eagerly, and nothing worse."""
+    return isinstance(error, CaptureRefused) or is_out_of_memory(error)
+
+
 def without_frames(error: Exception) -> Exception:
     """The error without what its frames hold: tensors that nobody needs any more."""
     seen: BaseException | None = error

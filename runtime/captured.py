@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cgo.graph import ModelId
-from cgo.runtime.accelerator import Accelerator, Captured, CaptureRefused, is_out_of_memory
+from cgo.runtime.accelerator import Accelerator, Captured, CaptureRefused, leaves_eager
 from cgo.runtime.bound import Bound, Outcome
 from cgo.runtime.data import Leaves
 from cgo.runtime.lanes import MergedLanes
@@ -238,7 +238,7 @@ class CapturedLanes:
                 raise CaptureRefused("hyper-parameters that are no learning rates keep changing")
             captured = self._accelerator.capture(body, [g for b in bounds for g in b.generators])
         except Exception as error:
-            if not isinstance(error, CaptureRefused) and not is_out_of_memory(error):
+            if not leaves_eager(error):
                 raise
             self.refused[key] = str(error)
             self._tell("eager", program=program, models=len(key[2]), reason=str(error))

@@ -52,7 +52,8 @@ class Cohort:
     ) -> None:
         self.spec = data.data[key]
         self.members = {member.id: member for member in members}
-        self._tuners = {m.device: tuner(m.device) for m in {m.device: m for m in members}.values()}
+        devices = dict.fromkeys(member.device for member in members)
+        self._tuners = {device: tuner(device) for device in devices}
         self._graph, self._constants, self._feeding = data.graph, constants, feeding
         self._observer, self._tell = observer, tell
         self._stems: StemStore | None = None  # None: every step computes its stem

@@ -23,9 +23,8 @@ from torch import Tensor, fx
 from cgo.errors import CgoError
 from cgo.runtime.accelerator import (
     Accelerator,
-    CaptureRefused,
     captured_seconds,
-    is_out_of_memory,
+    leaves_eager,
 )
 from cgo.runtime.tape import Replay, Tape, Value, refuse_recording
 
@@ -113,7 +112,7 @@ class Compiler:
         try:
             return [captured_seconds(self.accelerator, form, inputs) for form in forms]
         except Exception as error:
-            if not isinstance(error, CaptureRefused) and not is_out_of_memory(error):
+            if not leaves_eager(error):
                 raise
             log.info("steps are timed as they are called: %s", error)
             return _seconds(forms, inputs)

@@ -31,10 +31,9 @@ from cgo.machine import devices
 from cgo.passes.sharing import argument_key
 from cgo.runtime.accelerator import (
     Accelerator,
-    CaptureRefused,
     accelerator_for,
     captured_seconds,
-    is_out_of_memory,
+    leaves_eager,
     without_frames,
 )
 from cgo.runtime.builder import Builder
@@ -267,7 +266,7 @@ class Timer:
         try:
             return _timed(function, [[self._value(g) for g in given] for _ in range(sets)])
         except Exception as error:
-            if not isinstance(error, CaptureRefused) and not is_out_of_memory(error):
+            if not leaves_eager(error):
                 raise
             without_frames(error)
             return math.inf  # another way, or the rules

@@ -181,14 +181,19 @@ class Flat:
         self.groups = [updater.optimizer.param_groups[0] for updater in self.updaters]
         self.steps = [n + (m not in without) for n, m in zip(self.steps, self.models)]
         if self._by_kernels:
-            rates = [float(group["lr"]) for group in self.groups]
-            if self._accelerator is not None and rates != self._known_rates:
-                self._known_rates = rates
-                self._accelerator.upload(rates, self.rates)
+            self._upload_rates()
             return
         counts = [max(1, count) for count in self.steps]  # 0 where the first step is left out
         found = self.kind.numbers(self.groups, counts, self.kind.flags)
         self.numbers = {name: self._number(name, values) for name, values in found.items()}
+
+    def _upload_rates(self) -> None:
+        if self._accelerator is None:
+            return
+        rates = [float(group["lr"]) for group in self.groups]
+        if rates != self._known_rates:
+            self._known_rates = rates
+            self._accelerator.upload(rates, self.rates)
 
     @property
     def _by_kernels(self) -> bool:
@@ -209,35 +214,12 @@ class Flat:
     def apply(self) -> None:
         """Clip and update all models but some."""
         gradients = self._clipped([piece.gradient() for piece in self.pieces])
-        if self._by_kernels and self._accelerator is not None:
-            self._device_step(gradients)
-        elif self._by_kernels:
-            self._fused_step(gradients, self._without)
+        if self._by_kernels:
+            self._kernel_step(gradients, self._without)
         else:
             self._flat_step(gradients, self._without)
         if self._copies:
             torch._foreach_copy_([lane for lane, _ in self._copies], [p for _, p in self._copies])
-
-    def _device_step(self, gradients: Sequence[Tensor]) -> None:
-        """A kernel for each model, with its rate and its count of steps from the device."""
-        assert self.kind.fused is not None
-        self.counts.add_(1)
-        overflown = None
-        if self._scaling is not None:
-            overflown = self._scaling.overflow(self.models).float()
-            self.counts.sub_(overflown)
-        lanes = [lane for rows in gradients for lane in rows.unbind(0)]
-        for position, model in enumerate(self.models):
-            if model not in self._without:
-                part = self._parts.get(position)
-                if part is None:
-                    part = self._parts[position] = self._make_part(position)
-                    part.count, part.rate = self.counts[position], self.rates[position]
-                part.gradients = [lanes[index] for index in self._own[position]]
-                part.group = self.groups[position]
-                part.skip = None if overflown is None else overflown[position]
-                self.kind.fused(part)
-                part.gradients = []
 
     def _flat_step(self, gradients: Sequence[Tensor], without: frozenset[ModelId]) -> None:
         self.gradient = self._layout.joined_pieces(gradients)
@@ -251,21 +233,34 @@ class Flat:
         for flat, kept in zip(flats, before):  # by selection: nothing times NaN is nothing
             torch.where(stays[self.elements], kept, flat, out=flat)
 
-    def _fused_step(self, gradients: Sequence[Tensor], without: frozenset[ModelId]) -> None:
+    def _kernel_step(self, gradients: Sequence[Tensor], without: frozenset[ModelId]) -> None:
         # Lane by lane even where all agree: a lane's last elements are computed in another way than
         # the others, and which these are must not depend on its neighbours.
         lanes = [lane for rows in gradients for lane in rows.unbind(0)]
-        if without.isdisjoint(self.models) and self._agree():
+        if self._accelerator is None and without.isdisjoint(self.models) and self._agree():
             self._take(None, lanes)
             return
+        overflown = None if self._accelerator is None else self._count_on_device()
         for position, model in enumerate(self.models):
             if model not in without:
                 own = [lanes[index] for index in self._own[position]]
-                self._take(position, own)
+                self._take(position, own, None if overflown is None else overflown[position])
 
-    def _take(self, position: int | None, gradients: list[Tensor]) -> None:
+    def _count_on_device(self) -> Tensor | None:
+        """Count a step where it is not left out; gives where it is, as 1.0, if any may be."""
+        self.counts.add_(1)
+        if self._scaling is None:
+            return None
+        overflown = self._scaling.overflow(self.models).float()
+        self.counts.sub_(overflown)
+        return overflown
+
+    def _take(
+        self, position: int | None, gradients: list[Tensor], skip: Tensor | None = None
+    ) -> None:
         assert self.kind.fused is not None
         part = self._part(position, gradients)
+        part.skip = skip
         self.kind.fused(part)
         part.gradients = []  # or they would be there until the next step, beside all activations
 
@@ -282,7 +277,7 @@ class Flat:
         if part is None:
             part = self._parts[position] = self._make_part(position)
         part.gradients, part.group = gradients, self.groups[position or 0]
-        if self.kind.steps:
+        if self.kind.steps and self._accelerator is None:
             part.count.fill_(self.steps[position or 0])
         return part
 
@@ -291,8 +286,10 @@ class Flat:
         own = range(len(self.parameters)) if position is None else self._own[position]
         split = [self._layout.split(flat) for flat in flats]
         values, *moments = ([parts[index] for index in own] for parts in split)
-        count = torch.zeros((), device=self.values.device)
-        return Part(values, moments, [], {}, self.kind.flags, count)
+        if self._accelerator is None or position is None:
+            return Part(values, moments, [], {}, self.kind.flags, torch.zeros(()))
+        count, rate = self.counts[position], self.rates[position]
+        return Part(values, moments, [], {}, self.kind.flags, count, rate)
 
     @property
     def elements(self) -> Tensor:

@@ -21,7 +21,7 @@ from cgo.runtime.data import Leaves
 from cgo.runtime.fitting import fit
 from cgo.runtime.lower import lower
 from cgo.runtime.member import Member
-from cgo.runtime.memory import Estimate
+from cgo.runtime.memory import Cache, Estimate
 from cgo.runtime.packing import PackedState, learning_places, plan_packs, release
 from cgo.runtime.scaling import Scaling
 from cgo.runtime.tuning import Chooser
@@ -48,6 +48,7 @@ class MergedLanes:
         self._choose = choose or rules_for(device)
         self._tell = tell
         self.estimate: Estimate | None = None  # of memory, where it is limited
+        self._rehearsed: Cache = {}  # what was found out for it
         self._most_models = 0  # of a program, since memory ran out; 0: no limit
         self._chosen = Choice(graph, ())
         self._packed_for: tuple[ModelId, ...] = ()
@@ -284,7 +285,9 @@ class MergedLanes:
         if math.isfinite(self._chosen.limit_bytes):
             specs = {model: self.members[model].entry.training for model in models}
             limit = self._chosen.limit_bytes
-            self._chosen, self.estimate = fit(self._chosen, specs, limit, self.device, self._tell)
+            self._chosen, self.estimate = fit(
+                self._chosen, specs, limit, self.device, self._tell, cache=self._rehearsed
+            )
         self._packed = PackedState(plan_packs(self._chosen.graph), self.members)
         accelerator_for(self.device).release()
         for member in self.members.values():

@@ -15,6 +15,7 @@ from cgo.graph import Graph, ModelId, Node, TensorType, restrict
 from cgo.passes.split_stems import Split, SplitStems, StemValue
 from cgo.runtime.accelerator import free_memory
 from cgo.runtime.data import DataSets, Leaves, epoch_order, flatten
+from cgo.runtime.leaves import moved
 from cgo.runtime.lower import Lowered, lower
 from cgo.runtime.member import Member
 from cgo.tuning import Tuning
@@ -175,7 +176,7 @@ class StemStore:
             return {**leaves, **{value.leaf: computed[value.leaf] for value in wanted}}
         index = self._order[self._at : self._at + size]
         self._at += size
-        place = self._placed(index)
+        place = moved(index, self._device)
         if self._split not in self._complete:
             self._keep(wanted, place, self._compute(leaves, size))
             self._filled += size
@@ -188,11 +189,6 @@ class StemStore:
     def _pass_samples(self) -> int:
         sizes = self._data.train_sizes if self._split == "train" else self._data.validation_sizes
         return sum(sizes)
-
-    def _placed(self, index: Tensor) -> Tensor:
-        if self._device.type == "cuda":  # from pinned memory, the copy waits for nothing
-            return index.pin_memory().to(self._device, non_blocking=True)
-        return index.to(self._device)
 
     def _keep(
         self, wanted: Sequence[StemValue], index: Tensor, computed: Mapping[str, Tensor]
@@ -213,7 +209,7 @@ class StemStore:
         size = self._data.spec.batch_size
         index = torch.cat([dropped, dropped[:1].expand(size - len(dropped))])
         leaves = flatten(tuple(tensor[index] for tensor in self._data.train.tensors))
-        self._keep(wanted, self._placed(dropped), self._compute(leaves, size))
+        self._keep(wanted, moved(dropped, self._device), self._compute(leaves, size))
 
     def _compute(self, leaves: Leaves, size: int) -> dict[str, Tensor]:
         """The stem's values for a batch, by leaf."""

@@ -21,9 +21,8 @@ from torch import Tensor
 from cgo.runtime.accelerator import (
     SIDE_STREAMS,
     Accelerator,
-    CaptureRefused,
     captured_seconds,
-    is_out_of_memory,
+    leaves_eager,
     without_frames,
 )
 from cgo.runtime.tape import Call, Replay, Tape, Value, invoke
@@ -304,7 +303,7 @@ class Overlap:
             )
             right = _alike(replay, found, inputs, _overwritten(tape, inputs))
         except Exception as error:
-            if not isinstance(error, CaptureRefused) and not is_out_of_memory(error):
+            if not leaves_eager(error):
                 raise
             self.tell("overlap", step=name, forked=0, reason=str(without_frames(error)))
             return None
