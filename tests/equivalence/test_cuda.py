@@ -8,6 +8,7 @@ import pytest
 import torch
 from support import data, nets
 from support.merged import Case, relative
+from support.observers import Losses
 
 from cgo.planner import Planner
 from cgo.runtime.training import train
@@ -20,19 +21,11 @@ CAPTURED = {"measure": False, "capture": True}
 
 def run(cases, folder, device, tuning=CAPTURED, events=None):
     """Losses and final metrics of a merged trial on the device."""
-    losses = {}
+    losses = Losses()
     heard = [] if events is None else events
-
-    class Losses:
-        def on_loss(self, model, step, loss):
-            losses.setdefault(model, []).append(float(loss))
-
-        def on_gradients(self, model, step, gradients):
-            pass
-
     plan = Planner().plan([case.model() for case in cases], folder, {"tuning": tuning})
-    metrics = train(plan.graph_data, folder, heard.append, observer=Losses(), device=device)
-    return losses, metrics
+    metrics = train(plan.graph_data, folder, heard.append, observer=losses, device=device)
+    return losses.seen, metrics
 
 
 def told(events, what):

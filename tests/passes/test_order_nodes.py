@@ -3,9 +3,8 @@
 from dataclasses import replace
 from textwrap import dedent
 
-import torch
 from hypothesis import given, settings
-from support.merged import ALL, Case, Merged
+from support.merged import ALL, Case, Merged, assert_same_bits
 from support.recipes import RECIPES, assert_equal, build, interpret
 
 from cgo.graph import Graph, TensorType, dump, prune, verify
@@ -157,9 +156,4 @@ def test_training_gives_the_same_bits(tmp_path):
     graph = merged.plan.graph_data.graph
     assert live_peak(graph, "train/32") < live_peak(seen[0], "train/32")
     before, after = found
-    assert before.losses == after.losses
-    for case in cases:
-        for path, gradient in before.gradients[case.id].items():
-            assert torch.equal(gradient, after.gradients[case.id][path])
-        for path, value in before.state(case.id).items():
-            assert torch.equal(value, after.state(case.id)[path])
+    assert_same_bits(before, after, cases)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.observers import Losses
 
 import cgo
 from cgo import trial, weights
@@ -18,19 +19,6 @@ def model(id_, module="support.small:mlp", kwargs=None, data=DATA, seed=0, **tra
     training = {"optimizer_kwargs": {"lr": 0.1}, "epochs": 3, "metrics": ("accuracy",)} | training
     spec = cgo.TrainingSpec(**training)
     return cgo.Model(module, kwargs, data=data, training=spec, seed=seed, model_id=id_)
-
-
-class Losses:
-    """Observes every loss, bit for bit."""
-
-    def __init__(self):
-        self.seen = {}
-
-    def on_loss(self, model, step, loss):
-        self.seen.setdefault(model, []).append(float(loss))
-
-    def on_gradients(self, model, step, gradients):
-        pass
 
 
 class Run:

@@ -146,6 +146,16 @@ def assert_equal_float64(merged, case, alone=None):
             torch.testing.assert_close(state[name], value, **close)
 
 
+def assert_same_bits(before, after, cases):
+    """All losses, first gradients and weights of two merged trials."""
+    assert before.losses == after.losses
+    for case in cases:
+        for path, gradient in before.gradients[case.id].items():
+            assert torch.equal(gradient, after.gradients[case.id][path])
+        for path, value in before.state(case.id).items():
+            assert torch.equal(value, after.state(case.id)[path])
+
+
 def assert_first_step_float32(merged, case, alone=None):
     """First loss within 1e-5, first gradients within 1e-5 of the model's gradient norm."""
     alone = alone or case.alone()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from support.observers import Losses
 
 import cgo
 from cgo import trial
@@ -34,19 +35,6 @@ def models(widths):
                   seed=number, model_id=f"m{number}")
         for number, width in enumerate(widths)
     ]  # fmt: skip
-
-
-class Losses:
-    """Observes every loss."""
-
-    def __init__(self):
-        self.seen = {}
-
-    def on_loss(self, model, step, loss):
-        self.seen.setdefault(model, []).append(float(loss))
-
-    def on_gradients(self, model, step, gradients):
-        pass
 
 
 def main(folder, widths, more_bytes):
