@@ -311,7 +311,9 @@ def _needed(calls: Sequence[Call], results: Sequence[Value]) -> list[Call]:
     needed = set(results)
     kept: list[Call] = []
     for call in reversed(calls):
-        if call.op._schema.is_mutable or not needed.isdisjoint(call.outputs):
+        # One that gives nothing is there for what it does: it checks a value.
+        acts = call.op._schema.is_mutable or not call.op._schema.returns
+        if acts or not needed.isdisjoint(call.outputs):
             needed.update(call.reads())
             kept.append(call)
     return kept[::-1]
@@ -432,7 +434,9 @@ def _torch_alone(name: str) -> Any:
 def _check(tape: Tape, graph: Any) -> None:
     """TorchScript picks overloads by argument types; they must be those that were called."""
     nodes = [node for node in graph.nodes() if not node.kind().startswith("prim::")]
-    for call, node in zip(tape.calls, nodes, strict=True):
+    if len(nodes) != len(tape.calls):
+        raise TapeError(f"TorchScript makes {len(nodes)} calls of {len(tape.calls)}")
+    for call, node in zip(tape.calls, nodes):
         wanted, found = str(call.op._schema), node.schema()
         if wanted == found:
             continue

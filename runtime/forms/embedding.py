@@ -43,23 +43,14 @@ def folded(emitter: Emitter, group: Group) -> Sequence[Packed] | None:
 def look_up(tables: Tensor, indices: Tensor, padding: int) -> Tensor:
     """(M, V, D) at (M or 1, ...) gives (M, ..., D).
 
-    An index that is out of range would read a neighbour's rows, so it is looked for: on a CPU it
-    raises `IndexError` as alone; on a GPU it stops the device's work, as alone.
+    An index that is out of range would read a neighbour's rows. It is sent behind the last of all
+    tables, so that the look-up itself refuses it, as alone: no value has to be looked at here.
     """
     members, rows = tables.shape[:2]
-    _check(indices, rows)
     first = torch.arange(0, members * rows, rows, device=tables.device, dtype=indices.dtype)
     shifted = indices + first.view(-1, *[1] * (indices.dim() - 1))
-    found = F.embedding(shifted, tables.flatten(0, 1))
+    inside = (indices >= 0) & (indices < rows)
+    found = F.embedding(torch.where(inside, shifted, members * rows), tables.flatten(0, 1))
     if padding >= 0:  # rows of padding receive no gradient
         found = torch.where((indices == padding).unsqueeze(-1), found.detach(), found)
     return found
-
-
-def _check(indices: Tensor, rows: int) -> None:
-    inside = ((indices >= 0) & (indices < rows)).all()
-    if indices.device.type == "cpu":
-        if not inside:
-            raise IndexError("index out of range in self")
-    else:
-        torch._assert_async(inside)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from cgo.runtime.forms.embedding import look_up
 from cgo.runtime.tape import (
     TapeError,
     _refuse,
@@ -198,3 +199,40 @@ def test_an_operator_that_may_drop_out_is_recorded_where_it_is_told_not_to():
         _refuse(attend, (query, query, query, 0.5), {})
     with pytest.raises(TapeError, match="process's random stream"):
         _refuse(torch.ops.aten.rand_like.default, (query,), {})
+
+
+def test_a_check_of_values_is_not_left_out_though_it_gives_nothing():
+    def step(index, table):
+        torch._assert_async((index < 4).all(), "beyond")
+        return [table[index]]
+
+    table = torch.randn(4, 2)
+    tape = record(step, (torch.tensor([1, 2]), table))[1]
+    replay = interpreted(tape)
+    assert torch.equal(replay(torch.tensor([3, 0]), table)[0], table[[3, 0]])
+    with pytest.raises(RuntimeError, match="beyond"):
+        replay(torch.tensor([1, 9]), table)
+    with pytest.raises(TapeError, match="TorchScript makes 1 calls of 4"):  # it would leave it out
+        compile_tape(tape)
+
+
+@pytest.mark.parametrize("bad", [-1, 4])
+def test_a_replayed_look_up_refuses_rows_of_a_neighbour(bad):
+    tables = torch.randn(3, 4, 2)
+    tape = record(lambda x: [look_up(tables, x, -1)], (torch.tensor([[0, 3]]),))[1]
+    replay = compile_tape(tape)
+    assert torch.equal(replay(torch.tensor([[1, 2]]))[0], tables[:, [1, 2]])
+    with pytest.raises(RuntimeError, match="index out of range"):
+        replay(torch.tensor([[1, bad]]))
+
+
+def test_a_number_of_calls_that_differs_makes_no_tape():
+    copies = [torch.zeros(2)]
+
+    def step(x):
+        torch._foreach_copy_(copies, [x])
+        return [x + 1]
+
+    tape = record(step, (torch.ones(2),))[1]
+    with pytest.raises(TapeError):
+        compile_tape(tape)
