@@ -15,10 +15,11 @@ from cgo.runtime.builder import Result as LoweredResult
 from cgo.runtime.builder import Source
 from cgo.runtime.choice import Choice
 from cgo.runtime.data import Leaves
+from cgo.runtime.gradients import Place
 from cgo.runtime.lower import Lowered
 from cgo.runtime.member import Member
 from cgo.runtime.operators import Fill, empty, filler
-from cgo.runtime.packing import PackedState, Place
+from cgo.runtime.packing import PackedState
 from cgo.runtime.scaling import Scaling, seeds
 from cgo.runtime.taped import Taped
 
@@ -239,10 +240,7 @@ class Bound:
         """The tensors of all sources for one batch; with `undo`, buffers are kept."""
         values = self._values.copy()
         for position, name, dtype, shape in self._inputs:
-            leaf = leaves.get(name)
-            if leaf is None or leaf.dtype is not dtype or leaf.shape != shape:
-                raise _unexpected(leaves, name, dtype, shape)
-            values[position] = leaf
+            values[position] = expected_leaf(leaves, name, dtype, shape)
         for position, source in self._random:
             values[position] = drawn[tuple(node.name for node in source.nodes)]
         for position, parameter in self._idle:
@@ -277,10 +275,18 @@ def _expected(node: Node) -> tuple[str, torch.dtype, torch.Size]:
     return str(node.keyword("leaf")), getattr(torch, type_.dtype), torch.Size(type_.shape)
 
 
-def _unexpected(leaves: Leaves, name: str, dtype: torch.dtype, shape: torch.Size) -> DataError:
-    if name not in leaves:
-        return DataError(f"the batch has no {name}; it has {', '.join(leaves)}")
-    return DataError(
-        f"the batch's {name} is {leaves[name].dtype} {list(leaves[name].shape)}; the first "
-        f"batch's was {dtype} {list(shape)}"
-    )
+def expected_leaf(leaves: Leaves, name: str, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    """A leaf of a batch that has to be as the first batch's was.
+
+    Raises:
+        DataError: it is missing, or of another type.
+    """
+    leaf = leaves.get(name)
+    if leaf is None:
+        raise DataError(f"the batch has no {name}; it has {', '.join(leaves)}")
+    if leaf.dtype is not dtype or leaf.shape != shape:
+        raise DataError(
+            f"the batch's {name} is {leaf.dtype} {list(leaf.shape)}; the first batch's was "
+            f"{dtype} {list(shape)}"
+        )
+    return leaf

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cgo.graph import ModelId
 from cgo.runtime.accelerator import Accelerator, Captured, CaptureRefused, leaves_eager
-from cgo.runtime.bound import Bound, Outcome
+from cgo.runtime.bound import Bound, Outcome, expected_leaf
 from cgo.runtime.data import Leaves
 from cgo.runtime.lanes import MergedLanes
 from cgo.runtime.updates import Updates
@@ -33,9 +33,24 @@ _Key = tuple[str, int, tuple[ModelId, ...]]
 
 
 @dataclass
-class _Training:
+class _Step:
+    """A captured step: where it reads its batch."""
+
     captured: Captured
-    batch: dict[str, Tensor]  # where the step reads it
+    batch: dict[str, Tensor]
+
+    def fill(self, leaves: Leaves) -> None:
+        """Write a batch there.
+
+        Raises:
+            DataError: it is another batch than was captured. A copy would cast and broadcast it.
+        """
+        for name, place in self.batch.items():
+            place.copy_(expected_leaf(leaves, name, place.dtype, place.shape), non_blocking=True)
+
+
+@dataclass
+class _Training(_Step):
     losses: Tensor  # of the last replay, one for each model
     sums: Tensor  # of the losses times samples since they were last taken, float64
     gradients: list[tuple[Tensor, Tensor]]  # of the last replay, of leaves and parameters
@@ -44,9 +59,7 @@ class _Training:
 
 
 @dataclass
-class _Evaluation:
-    captured: Captured
-    batch: dict[str, Tensor]
+class _Evaluation(_Step):
     bounds: Sequence[Bound]
 
 
@@ -95,7 +108,7 @@ class CapturedLanes:
             if step is None:
                 updates.unprepare()
                 return False
-        _fill(step.batch, leaves)
+        step.fill(leaves)
         step.captured.replay()
         step.samples += size
         return True
@@ -151,7 +164,7 @@ class CapturedLanes:
         step = self._evaluation.get(key) or self._capture_evaluation(key, leaves)
         if step is None:
             return None
-        _fill(step.batch, leaves)
+        step.fill(leaves)
         step.captured.replay()
         pending = [result.clone() for result in step.captured.results]
         outcomes: dict[ModelId, Outcome] = {}
@@ -246,8 +259,3 @@ class CapturedLanes:
         spent = time.perf_counter() - started
         self._tell("captured", program=program, models=len(key[2]), seconds=spent)
         return captured
-
-
-def _fill(batch: Mapping[str, Tensor], leaves: Leaves) -> None:
-    for name, place in batch.items():
-        place.copy_(leaves[name], non_blocking=True)

@@ -12,7 +12,14 @@ from support.families import FAMILIES
 from support.merged import Case, Merged, assert_equal_float64
 
 import cgo
+from cgo.errors import DataError
+from cgo.planner import Planner
 from cgo.runtime.accelerator import CaptureRefused, accelerator_for
+from cgo.runtime.device_lanes import DeviceLanes
+from cgo.runtime.member import Member
+from cgo.runtime.tuning import make_tuner
+
+CPU = torch.device("cpu")
 
 CAPTURED = cgo.Tuning(measure=False, capture=True)
 OPTIMIZERS = {
@@ -233,3 +240,22 @@ def test_numbers_of_python_are_baked_in_as_a_graph_would():
     rate[0] = 5.0
     captured.replay()
     assert captured.results[0].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x.double(), lambda x: x[:1], lambda x: x.unsqueeze(1)],
+    ids=["dtype", "one sample", "shape"],
+)
+def test_a_batch_of_another_type_is_refused_as_without_capture(change, tmp_path):
+    """A copy into the captured batch would cast and broadcast it."""
+    plan = Planner().plan([Case("m", "mlp").model()], tmp_path).graph_data
+    members = [Member(plan.models[0], plan, CPU, tmp_path, lambda event: None)]
+    tuner = make_tuner(CAPTURED, CPU, 1000)
+    lanes = DeviceLanes(plan.graph, members, {}, CPU, choose=tuner)
+    leaves = {"input": torch.rand(32, 1, 8, 8), "target": torch.randint(0, 10, (32,))}
+    for step in range(6):
+        assert not lanes.train(["m"], leaves, 32, step)
+    bad = {**leaves, "input": change(leaves["input"])}
+    with pytest.raises(DataError, match="the first batch's was"):
+        lanes.train(["m"], bad, 32, 6)
