@@ -121,6 +121,7 @@ class Flat:
         self._known_rates: list[float] | None = None
         self._copies = self._rehome()
         self._parts: dict[int | None, Part] = {}  # by the model's position; None: of all models
+        self._split: list[list[Tensor]] | None = None  # values and moments by parameter, once
 
     # --- arrangement ------------------------------------------------------------------------------
 
@@ -282,10 +283,11 @@ class Flat:
         return part
 
     def _make_part(self, position: int | None) -> Part:
-        flats = [self.values, *(self.moments[name] for name in self.kind.moments)]
+        if self._split is None:
+            flats = [self.values, *(self.moments[name] for name in self.kind.moments)]
+            self._split = [self._layout.split(flat) for flat in flats]
         own = range(len(self.parameters)) if position is None else self._own[position]
-        split = [self._layout.split(flat) for flat in flats]
-        values, *moments = ([parts[index] for index in own] for parts in split)
+        values, *moments = ([parts[index] for index in own] for parts in self._split)
         if self._accelerator is None or position is None:
             return Part(values, moments, [], {}, self.kind.flags, torch.zeros(()))
         count, rate = self.counts[position], self.rates[position]

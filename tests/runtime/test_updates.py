@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from cgo.model import TrainingSpec
 from cgo.runtime.accelerator import accelerator_for
+from cgo.runtime.flat import _Layout
 from cgo.runtime.optimizers import Updater
 from cgo.runtime.scaling import LossScale, Scaling
 from cgo.runtime.updates import Updates
@@ -366,3 +367,21 @@ def test_on_an_accelerator_leaves_begin_where_vectors_can_be_loaded():
     starts = [leaf.data_ptr() - flat.values.data_ptr() for leaf, _ in lanes.leaves]
     assert all(start % 16 == 0 for start in starts)
     assert sum(leaf.numel() for leaf, _ in lanes.leaves) < flat.values.numel()  # gaps there are
+
+
+def test_flat_tensors_are_split_once_however_many_models_there_are(monkeypatch):
+    splits = []
+    plain = _Layout.split
+    monkeypatch.setattr(_Layout, "split", lambda self, flat: splits.append(1) or plain(self, flat))
+    updaters, learning = {}, []
+    for number in range(8):
+        own = [torch.nn.Parameter(torch.rand(3)) for _ in range(2)]
+        for parameter in own:
+            parameter.grad = torch.ones(3)
+        given = {"lr": 0.1 + number, "momentum": 0.9}
+        training = TrainingSpec(loss="mse_loss", optimizer="SGD", optimizer_kwargs=given)
+        updaters[f"m{number}"] = Updater(training, own)
+    updates = Updates(updaters, learning, accelerator_for(torch.device("cpu")))
+    splits.clear()
+    updates.step()
+    assert len(splits) <= 2  # the values, and the momentum
