@@ -205,6 +205,7 @@ class Cuda:
         self._sides: list[Any] = []  # beside them: a stream's workspaces must not serve both
         self._used: set[int] = set()  # side streams that nobody has waited for
         self._begun: Any = None  # what they follow
+        self._launch_s: float | None = None  # of a graph of next to nothing
 
     @property
     def capturing(self) -> bool:
@@ -230,7 +231,7 @@ class Cuda:
             try:
                 results = self._captured(graph, body)
             except Exception as error:
-                self._abandon(graph)
+                self._abandon(graph, generators)
                 if is_out_of_memory(error):
                     raise
                 text = str(error).partition("\n")[0]
@@ -263,7 +264,7 @@ class Cuda:
             if collects:
                 gc.enable()
 
-    def _abandon(self, graph: Any) -> None:
+    def _abandon(self, graph: Any, generators: Sequence[torch.Generator]) -> None:
         """After a capture that failed: let the allocator forget it, and use another pool."""
         with contextlib.suppress(RuntimeError):
             torch.cuda.synchronize(self.device)
@@ -275,7 +276,23 @@ class Cuda:
                 with contextlib.suppress(RuntimeError):
                     if undo is not None:
                         undo(self.device.index, self._pool)
+            self._release_generators(generators)
         self._graphs = weakref.WeakSet()
+
+    def _release_generators(self, generators: Sequence[torch.Generator]) -> None:
+        """Let generators draw outside of graphs again.
+
+        A capture that does not end leaves them, and the default one, believing that it goes on
+        (torch 2.11: `capture_end` raises before they are told); one that does end tells them.
+        """
+        graph = torch.cuda.CUDAGraph()
+        for generator in generators:
+            graph.register_generator_state(generator)
+        place = torch.zeros((), device=self.device)
+        with torch.cuda.graph(
+            graph, stream=self._capture_stream, capture_error_mode="thread_local"
+        ):
+            place.add_(1)
 
     def side_by_side(self, branches: Sequence[Callable[[], None]]) -> None:
         """Fork, one branch on the current stream and the others beside it, and join."""
@@ -326,7 +343,14 @@ class Cuda:
         into.copy_(host, non_blocking=True)
 
     def seconds(self, replay: Callable[[], None]) -> float:
-        """By events of the stream."""
+        """By events of the stream, without what launching a graph takes however small it is."""
+        if self._launch_s is None:
+            place = torch.zeros((), device=self.device)
+            nothing = self.capture(lambda: [place.add_(1)])
+            self._launch_s = statistics.median(self._between(nothing.replay) for _ in range(9))
+        return max(0.0, self._between(replay) - self._launch_s)
+
+    def _between(self, replay: Callable[[], None]) -> float:
         with torch.cuda.device(self.device):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -382,7 +406,15 @@ _known: dict[torch.device, Accelerator] = {}
 
 
 def accelerator_for(device: torch.device) -> Accelerator:
-    """The device's seam; one for each device of the process."""
+    """The device's seam; one for each device of the process, however it is named."""
+    device = numbered(device)
     if device not in _known:
         _known[device] = Cuda(device) if device.type == "cuda" else Host(device)
     return _known[device]
+
+
+def numbered(device: torch.device) -> torch.device:
+    """The device with its number: "cuda" is the current one, as torch takes it."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())

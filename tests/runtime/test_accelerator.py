@@ -10,6 +10,7 @@ from cgo.runtime.accelerator import (
     accelerator_for,
     captured_seconds,
     is_out_of_memory,
+    numbered,
     without_frames,
 )
 
@@ -144,3 +145,11 @@ def test_what_runs_beside_is_waited_for(cuda):
     torch.testing.assert_close(found, expected)
     assert accelerator.free_bytes() > 0
     assert accelerator.peak_bytes() > 0
+
+
+def test_a_device_without_a_number_is_the_current_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert numbered(torch.device("cuda")) == torch.device("cuda", 3)
+    assert numbered(torch.device("cuda", 1)) == torch.device("cuda", 1)
+    assert numbered(CPU) == CPU
+    assert accelerator_for(torch.device("cuda")) is accelerator_for(torch.device("cuda", 3))
