@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -50,7 +52,25 @@ class Samples:
         batches is then not the one that forks, nor the one that must hear of a worker's death.
         """
         self._plan.set(epoch, order.split(list(sizes)))
-        return map(flatten, iter(self._loader))
+        with _out_of_reach():
+            return map(flatten, iter(self._loader))
+
+
+@contextlib.contextmanager
+def _out_of_reach() -> Iterator[None]:
+    """Keep what is there away from the garbage collectors of processes that fork off meanwhile.
+
+    A worker that collected what its parent left of a device (events, graphs, pinned memory) would
+    give it back to a driver that it does not have, and be aborted.
+    """
+    gc.collect()
+    frozen = gc.get_freeze_count()  # by the program itself
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not frozen:
+            gc.unfreeze()
 
 
 class _Plan:

@@ -1,5 +1,8 @@
 """Reading a data set sample by sample."""
 
+import gc
+import os
+
 import pytest
 import torch
 from support import small
@@ -48,3 +51,40 @@ def test_a_raising_sample_is_named(workers):
 def test_samples_of_different_shapes_are_refused():
     with pytest.raises(DataError, match="samples cannot be stacked into a batch"):
         collate([(torch.ones(2), 0), (torch.ones(3), 0)])
+
+
+class Collecting:
+    """A data set whose reading collects garbage, in whichever process it is read."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        gc.collect()
+        return torch.zeros(2), torch.tensor(index)
+
+
+class Foreign:
+    """What belongs to a device: must be given back by the process that took it."""
+
+    def __init__(self, notes):
+        self.notes, self.itself = notes, self
+
+    def __del__(self):
+        with self.notes.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+
+
+def test_workers_do_not_collect_what_their_parent_left(tmp_path):
+    notes = tmp_path / "given back"
+    gc.disable()
+    try:
+        Foreign(notes)  # garbage in a cycle, not yet collected
+        spec = cgo.DataSpec("support.small:points", batch_size=2, num_workers=1)
+        samples = Samples(Collecting(), "train", spec, pin=False, keep_workers=False)
+        batches = samples.batches(0, torch.arange(4), (2, 2))
+        assert len(list(batches)) == 2
+    finally:
+        gc.enable()
+    gc.collect()
+    assert set(notes.read_text().split()) == {str(os.getpid())}
