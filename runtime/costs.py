@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import sqlite3
@@ -33,17 +34,18 @@ from cgo.runtime.accelerator import (
     Accelerator,
     accelerator_for,
     captured_seconds,
-    leaves_eager,
     without_frames,
 )
 from cgo.runtime.builder import Builder
 from cgo.runtime.choice import LOOPED, Way
 from cgo.runtime.emitter import Column, Emitter, Group, Packed, Types, make_group
+from cgo.runtime.gradients import learning_refs
 from cgo.runtime.layouts import IMAGES, gather, to_channels, unstack
-from cgo.runtime.precision import tf32_key
-from cgo.runtime.streams import divide, forked, forked_calls
+from cgo.runtime.precision import autocasting, tf32_key
 from cgo.runtime.tape import Replay, TapeError, compile_tape, interpreted, record
 from cgo.tuning import CHANNELS, STACKED
+
+log = logging.getLogger(__name__)
 
 #: Timed rounds of one measurement, and its most seconds.
 _ROUNDS = 5
@@ -206,14 +208,23 @@ def _shipped(device: torch.device) -> tuple[str, list[_Row]]:
     return document["key"], rows
 
 
-def signature_of(node: Node, types: Types, shared: Sequence[bool]) -> Signature:
-    """The signature of a node in a group, of whose inputs some are the same for all members."""
+def signature_of(
+    node: Node, types: Types, shared: Sequence[bool], idle: Sequence[int] = ()
+) -> Signature:
+    """The signature of a node in a group, of whose inputs some are the same for all members.
+
+    Args:
+        node: One of the group's members.
+        types: Of all references.
+        shared: For each of its inputs.
+        idle: Inputs that were computed as floating-point numbers and carry no gradient.
+    """
     refs: list[Any] = []
     arguments = (argument_key(node.args, refs), argument_key(node.kwargs, refs))
     read = [types[ref] for ref in refs]
     kinds = [None if t is None else (t.dtype, len(t.shape)) for t in (*read, *node.types)]
     shapes = [() if t is None else t.shape for t in (*read, *node.types)]
-    family = repr((node.op, arguments, kinds, tuple(shared), node.autocast))
+    family = repr((node.op, arguments, kinds, tuple(shared), node.autocast, *idle))
     elements = max((math.prod(shape) for shape in shapes), default=1)
     return Signature(_short(family), _short(repr(shapes)), elements)
 
@@ -240,6 +251,7 @@ class Timer:
         self._device = device
         self._last = device.type == "cpu" if images_last is None else images_last
         self._sources = {node.name: node for node in graph.nodes if node.op in HANDED}
+        self._learning = learning_refs(graph)
         self.types: Types = {
             Ref(node.name, index): type_
             for node in graph.nodes
@@ -251,8 +263,27 @@ class Timer:
         """Whether images have channels last where they would not by themselves."""
         return self._last and self._device.type != "cpu"
 
+    def signature(self, nodes: Sequence[Node], shared: Sequence[bool]) -> Signature:
+        """What the cost of a group depends on, of whose inputs some are the same for all."""
+        idle = [
+            position
+            for position, refs in enumerate(zip(*map(inputs_of, nodes)))
+            if self._is_computed(refs[0]) and not self._learns(refs)
+        ]
+        return signature_of(nodes[0], self.types, shared, idle)
+
+    def _is_computed(self, ref: Ref) -> bool:
+        """Whether a value is a floating-point number that no source hands over."""
+        type_ = self.types[ref]
+        floats = type_ is not None and type_.dtype.startswith(("float", "bfloat"))
+        return floats and ref.name not in self._sources
+
     def seconds(self, nodes: Sequence[Node], way: Way) -> float:
-        """Forward and backward of a group executed one way; infinite where that is impossible."""
+        """Forward and backward of a group executed one way; infinite where that is impossible.
+
+        Whatever it raises, running out of memory or a backward that an operator does not have,
+        is raised by this way of executing the group alone: another is chosen.
+        """
         group = make_group(nodes, self.types)
         emitter = Emitter(self._device, self.types, _once(nodes), self._last)
         builder = Builder(emitter, nodes[0].autocast)
@@ -260,16 +291,27 @@ class Timer:
         results = builder.write_way(group, way)
         if results is None:
             return math.inf
-        function = builder.compiled(results)
+        function = self._under(nodes[0].autocast, builder.compiled(results))
         size = sum(math.prod(shape) * 4 for _, shape, _, _ in given)
         sets = max(1, min(_MOST_SETS, int(_ROTATED_BYTES / max(size, 1))))
         try:
             return _timed(function, [[self._value(g) for g in given] for _ in range(sets)])
         except Exception as error:
-            if not leaves_eager(error):
-                raise
-            without_frames(error)
+            log.debug("%s as %s cannot be measured: %s", nodes[0].op, way, without_frames(error))
             return math.inf  # another way, or the rules
+
+    def _under(
+        self, setting: str | None, function: Callable[..., Sequence[Tensor]]
+    ) -> Callable[..., Sequence[Tensor]]:
+        """The function as its region runs it."""
+        if setting is None:
+            return function
+
+        def run(*given: Tensor) -> Sequence[Tensor]:
+            with autocasting(setting, self._device):
+                return function(*given)
+
+        return run
 
     def _given(
         self, emitter: Emitter, group: Group, way: Way
@@ -278,8 +320,10 @@ class Timer:
         found: list[tuple[TensorType, tuple[int, ...], bool, bool]] = []
         done: set[Any] = set()
 
-        def take(type_: TensorType, shape: tuple[int, ...], ref: Any, images: bool) -> fx.Node:
-            found.append((type_, shape, self._learns(ref.name, type_), images))
+        def take(
+            type_: TensorType, shape: tuple[int, ...], refs: Sequence[Ref], images: bool
+        ) -> fx.Node:
+            found.append((type_, shape, self._learns(refs), images))
             return emitter.graph.placeholder(f"s{len(found)}")
 
         for column in group.columns:
@@ -289,11 +333,11 @@ class Timer:
             images = column.ndim == IMAGES and column.refs[0].name not in self._sources
             if column.shared or way.form == LOOPED:
                 for ref in dict.fromkeys(column.refs):
-                    emitter.set(ref, take(column.type, column.shape, ref, images))
+                    emitter.set(ref, take(column.type, column.shape, [ref], images))
                 continue
             layout = self._layout(column, way)
             shape = _packed_shape(column.shape, len(column.refs), layout)
-            packed = Packed(take(column.type, shape, column.refs[0], images), layout)
+            packed = Packed(take(column.type, shape, column.refs, images), layout)
             emitter.set_packed(column.refs, packed)
             if column.refs[0].name in self._sources:
                 emitter.sources.add(id(packed))
@@ -303,10 +347,9 @@ class Timer:
         computed = column.refs[0].name not in self._sources
         return CHANNELS if way.layout == CHANNELS and computed and column.ndim >= 2 else STACKED
 
-    def _learns(self, name: str, type_: TensorType) -> bool:
-        source = self._sources.get(name)
-        trained = source is None or source.keyword("trainable") is True
-        return trained and type_.dtype.startswith(("float", "bfloat"))
+    def _learns(self, refs: Sequence[Ref]) -> bool:
+        """Whether values carry a gradient, alone or as lanes of one."""
+        return not self._learning.isdisjoint(refs)
 
     def _value(self, given: tuple[TensorType, tuple[int, ...], bool, bool]) -> Tensor:
         type_, shape, learns, images = given
@@ -379,22 +422,19 @@ def _median(function: Callable[..., Sequence[Tensor]], sets: list[list[Tensor]])
 def timed_captured(
     function: Callable[..., Sequence[Tensor]], values: Sequence[Tensor], accelerator: Accelerator
 ) -> float:
-    """Median seconds of a captured forward and backward, on several streams where that is faster.
+    """Median seconds of a captured forward and backward, on one stream.
 
-    Launches cost nothing in a captured step, so they must not count here; and a loop's members,
-    which a wider operator would replace, run side by side there.
+    Launches cost nothing in a captured step, so they must not count here. What may overlap on
+    several streams alone does so far less in a whole step (on an H200, 32 cell networks gained 4%).
     """
     once = _forward_backward(function)
-    try:
-        tape = record(once, values)[1]
-        forms = [interpreted(tape)]
-        sections = divide(tape, values)
-        if forked_calls(sections):
-            forms.append(forked(tape, sections, accelerator))
-        return min(captured_seconds(accelerator, form, values) for form in forms)
-    except TapeError:
-        once(*values)  # what was recorded has stopped midway
-        return captured_seconds(accelerator, once, values)
+    with torch.autograd.set_multithreading_enabled(False):  # kernels are chosen for each thread
+        try:
+            form: Replay = interpreted(record(once, values)[1])
+        except TapeError:  # what was recorded has stopped midway
+            form = once
+        form(*values)  # chooses kernels
+    return captured_seconds(accelerator, form, values)
 
 
 def _replayed(function: Callable[..., Sequence[Tensor]], values: Sequence[Tensor]) -> Replay:
@@ -410,13 +450,14 @@ def _replayed(function: Callable[..., Sequence[Tensor]], values: Sequence[Tensor
 
 
 def _forward_backward(function: Callable[..., Sequence[Tensor]]) -> Replay:
-    """A step of the function that gives its gradients."""
+    """A step of the function that gives its gradients, or what it computes where it has none."""
 
     def once(*given: Tensor) -> Sequence[Tensor]:
         learning = [value for value in given if value.requires_grad]
-        results = [r for r in function(*given) if isinstance(r, Tensor) and r.requires_grad]
-        if not results or not learning:
-            return []
+        computed = [result for result in function(*given) if isinstance(result, Tensor)]
+        results = [result for result in computed if result.requires_grad]
+        if not results:
+            return computed
         ones = [torch.ones_like(result) for result in results]
         found = torch.autograd.grad(results, learning, ones, allow_unused=True)
         return [gradient for gradient in found if gradient is not None]
@@ -449,7 +490,8 @@ def repacking(table: CostTable, device: torch.device, *, measure: bool = True) -
         measure: Measure what the table does not have; else another device's costs have to do.
     """
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for size in _REPACKED:
+    sizes = _REPACKED.get(device.type, _REPACKED["cpu"])
+    for size in sizes:
         for kind in KINDS:
             signature = Signature(f"repacking {kind}", str(size), size)
             known = table.get(signature, kind, _LANES)
@@ -460,13 +502,15 @@ def repacking(table: CostTable, device: torch.device, *, measure: bool = True) -
                 known = _repack_seconds(kind, size, device)
                 table.put(signature, kind, _LANES, known)
             seconds[kind].append(known / _LANES)
-    small, large = (32 * 8 * size * size * 4 for size in _REPACKED)
+    small, large = (32 * 8 * size * size * 4 for size in sizes)
     byte = {k: max(0.0, (b - a) / (large - small)) for k, (a, b) in seconds.items()}
     lane = {k: max(0.0, a - byte[k] * small) for k, (a, _) in seconds.items()}
     return Repacking(lane, byte)
 
 
-_REPACKED = (2, 12)  # heights and widths of images of 8 channels
+#: Heights and widths of images of 8 channels: within a cache, and beyond it on a GPU, where what is
+#: small takes no time beside a launch.
+_REPACKED = {"cpu": (2, 12), "cuda": (4, 80)}
 _LANES = 8
 
 #: About what moving a lane costs where nothing is known.

@@ -162,11 +162,10 @@ class DeviceLanes:
         """After an epoch's training: hand each model its sum of losses, and tell of memory."""
         for model, (total, samples) in self._captured.take_sums().items():
             self.members[model].train_loss.add_sum(total, samples)
-        estimated, peak = self.merged.estimate, self._accelerator.peak_bytes()
-        if estimated is not None and peak is not None:
-            self.merged.estimate = None  # once for each packing
-            figures = {"estimated_bytes": estimated.peak, "measured_bytes": peak}
-            self._tell("memory", device=str(self.device), **figures)
+        expected, peak = self.merged.expected, self._accelerator.peak_bytes()
+        if expected and peak is not None:
+            self.merged.expected = {}  # once for each packing
+            self._tell("memory", device=str(self.device), **expected, measured_bytes=peak)
 
     def evaluate(
         self, models: Sequence[ModelId], leaves: Leaves, size: int

@@ -11,7 +11,7 @@ from cgo.graph import ModelId
 from cgo.model import TrainingSpec
 from cgo.passes.order_nodes import order_nodes
 from cgo.runtime.choice import Choice, divided
-from cgo.runtime.memory import Cache, Estimate, estimate
+from cgo.runtime.memory import Cache, Estimate, at_most, estimate
 
 
 def fit(
@@ -22,7 +22,7 @@ def fit(
     tell: Callable[..., None] = lambda what, **figures: None,
     *,
     cache: Cache | None = None,
-) -> tuple[Choice, Estimate]:
+) -> tuple[Choice, dict[str, int]]:
     """Order nodes, then divide programs, until a step is estimated to fit.
 
     What cannot be divided further is left as it is: if it does run out of memory, that is found out
@@ -37,9 +37,14 @@ def fit(
         cache: Of estimates.
 
     Returns:
-        The choice that fits, and what it is estimated to take.
+        The choice that fits, and the bytes that a step is to take: `estimated_bytes`, or
+        `at_most_bytes` where even a rough bound fits.
     """
     cache = {} if cache is None else cache
+    if (most := at_most(choice.graph)) <= limit_bytes:
+        bound = {"at_most_bytes": most}
+        tell("memory", device=str(device), programs=len(choice.programs), **bound)
+        return choice, bound
 
     def taken(candidate: Choice) -> Estimate:
         return estimate(
@@ -57,14 +62,11 @@ def fit(
         most = -(-most // 2)
         choice = divided(choice, most)
         found = taken(choice)
-    tell(
-        "memory",
-        device=str(device),
-        programs=len(choice.programs),
-        estimated_bytes=found.peak,
-        limit_bytes=int(limit_bytes),
-    )
-    return choice, found
+    expected = {"estimated_bytes": found.peak}
+    limit = int(limit_bytes)
+    programs = len(choice.programs)
+    tell("memory", device=str(device), programs=programs, **expected, limit_bytes=limit)
+    return choice, expected
 
 
 def _step(found: Estimate) -> int:

@@ -19,10 +19,11 @@ from cgo.runtime.bound import Bound, Drawn, Outcome, Result, lanes_of, singles
 from cgo.runtime.choice import Choice, divided, rules_for
 from cgo.runtime.data import Leaves
 from cgo.runtime.fitting import fit
+from cgo.runtime.gradients import learning_places
 from cgo.runtime.lower import lower
 from cgo.runtime.member import Member
-from cgo.runtime.memory import Cache, Estimate
-from cgo.runtime.packing import PackedState, learning_places, plan_packs, release
+from cgo.runtime.memory import Cache
+from cgo.runtime.packing import PackedState, plan_packs, release
 from cgo.runtime.scaling import Scaling
 from cgo.runtime.tuning import Chooser
 from cgo.runtime.updates import Updates
@@ -47,7 +48,7 @@ class MergedLanes:
         self.device = device
         self._choose = choose or rules_for(device)
         self._tell = tell
-        self.estimate: Estimate | None = None  # of memory, where it is limited
+        self.expected: dict[str, int] = {}  # bytes of a step, where memory is limited
         self._rehearsed: Cache = {}  # what was found out for it
         self._most_models = 0  # of a program, since memory ran out; 0: no limit
         self._chosen = Choice(graph, ())
@@ -285,7 +286,7 @@ class MergedLanes:
         if math.isfinite(self._chosen.limit_bytes):
             specs = {model: self.members[model].entry.training for model in models}
             limit = self._chosen.limit_bytes
-            self._chosen, self.estimate = fit(
+            self._chosen, self.expected = fit(
                 self._chosen, specs, limit, self.device, self._tell, cache=self._rehearsed
             )
         self._packed = PackedState(plan_packs(self._chosen.graph), self.members)

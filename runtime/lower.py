@@ -8,11 +8,9 @@ loop over its members.
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +30,9 @@ from cgo.graph import (
 from cgo.runtime.builder import Builder, Decision, Result, Source
 from cgo.runtime.choice import Way
 from cgo.runtime.emitter import Emitter, Types, runs
-from cgo.runtime.packing import Pack, Place
+from cgo.runtime.gradients import Place
+from cgo.runtime.packing import Pack
+from cgo.runtime.precision import autocasting
 from cgo.tuning import STACKED
 
 
@@ -64,7 +64,7 @@ class Lowered:
             return list(region.function(*values))
         results: list[Tensor] = [None] * len(self.results)  # type: ignore[list-item]
         for region in self.regions:
-            with region.context(self.device):
+            with autocasting(region.autocast, self.device):
                 returned = region.function(*[values[index] for index in region.reads])
             for index, value in zip(region.writes, returned):
                 results[index] = value
@@ -79,11 +79,6 @@ class _Region:
     function: Callable[..., Sequence[Tensor]]
     reads: tuple[int, ...]  # positions in sources
     writes: tuple[int, ...]  # positions in results
-
-    def context(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-        if self.autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(device.type, dtype=getattr(torch, self.autocast))
 
 
 def lower(

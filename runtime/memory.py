@@ -19,6 +19,8 @@ from cgo.graph import (
     TensorType,
     bytes_of,
     homes,
+    inputs_of,
+    program_of,
     programs,
     restrict,
 )
@@ -26,8 +28,9 @@ from cgo.model import TrainingSpec
 from cgo.passes.sharing import argument_key
 from cgo.runtime.builder import Source
 from cgo.runtime.choice import LOOP, Choice, rules_for
+from cgo.runtime.gradients import Place, learning_places
 from cgo.runtime.lower import lower
-from cgo.runtime.packing import Pack, Place, learning_places, plan_packs
+from cgo.runtime.packing import Pack, plan_packs
 from cgo.runtime.rehearsal import Held, rehearse_program, rehearse_update
 
 _CPU = torch.device("cpu")
@@ -123,6 +126,41 @@ def estimate(
         inputs=_inputs(restrict(part, program=program)),
         step=max(computing.highest - computing.after, updating.highest - updating.after),
     )
+
+
+#: What a step holds at most, as a multiple of all that its operators give: that, the gradients of
+#: it, and forms that have parts of their own (copies between layouts, spelled-out norms).
+_HELD = 4
+
+#: Likewise of parameters: themselves, gradients, flat copies of both, and up to three moments.
+_ARRANGED = 8
+
+#: Recurrent layers keep their gates for each step, of which they give the last state alone.
+_GATES = 16
+
+
+def at_most(graph: Graph) -> int:
+    """A bound on `Estimate.peak`, in bytes, in the time that it takes to look at each node."""
+    types = {node.name: node.types for node in graph.nodes}
+    given = {name: 0 for name in programs(graph) if name.startswith("train/")}
+    for node in graph.nodes:
+        if node.op not in STATE and (name := program_of(node)) in given:
+            given[name] += sum(map(bytes_of, node.types)) + _inside(node, types)
+    state = _owned(graph, "cgo.parameter") + _owned(graph, "cgo.buffer")
+    return _HELD * max(given.values(), default=0) + _ARRANGED * state + _constants(graph)
+
+
+def _inside(node: Node, types: Mapping[str, tuple[TensorType | None, ...]]) -> int:
+    """What an operator of many parts keeps beside what it gives."""
+    operator = node.op.split(".")[1]
+    if operator in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+        return _GATES * sum(map(bytes_of, node.types))
+    if "attention" not in operator:
+        return 0
+    query, key = (types[ref.name][ref.index] for ref in tuple(inputs_of(node))[:2])
+    if query is None or key is None:
+        return 0
+    return bytes_of(query) // query.shape[-1] * key.shape[-2]  # the weights
 
 
 def measured_peak(action: Callable[[], object]) -> int:

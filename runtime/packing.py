@@ -12,22 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cgo.graph import (
-    STATE,
-    Graph,
-    ModelId,
-    Node,
-    Ref,
-    homes,
-    inputs_of,
-    is_training,
-    program_of,
-)
+from cgo.graph import STATE, Graph, ModelId, Node, Ref, homes, inputs_of, is_training, program_of
 from cgo.runtime.choice import LOOP
 from cgo.runtime.emitter import runs
+from cgo.runtime.gradients import Place, learning_places
 from cgo.runtime.member import Member
-
-Place = tuple[ModelId, str]
 
 
 @dataclass(frozen=True)
@@ -82,39 +71,6 @@ def _pack(
     if len({(source.op, source.types) for source in sources}) > 1:
         return None
     return Pack(names, places, places[0] in learning)
-
-
-#: Operators behind which nothing learns, though their results are floating-point numbers.
-_DEAD_ENDS = frozenset(
-    """
-    aten.detach aten.zeros_like aten.ones_like aten.full_like aten.empty_like aten.rand_like
-    aten.randn_like aten.new_zeros aten.new_ones aten.new_full aten.new_empty
-    """.split()  # noqa: SIM905
-)
-
-
-def learning_places(graph: Graph) -> frozenset[Place]:
-    """The parameters that some loss gives a gradient to, be it zero.
-
-    The others have no gradient at all, and an optimizer leaves them alone. Next to a lane that
-    learns, a fused operator would give them one of zeros, and weight decay would move them.
-    """
-    nodes = {node.name: node for node in graph.nodes}
-    losses = [output for output in graph.outputs if output.role == "loss"]
-    pending = [o.ref for o in losses if o.program.startswith("train/")]
-    seen: set[Ref] = set()
-    found: set[Place] = set()
-    while pending:
-        ref = pending.pop()
-        node, type_ = nodes[ref.name], nodes[ref.name].types[ref.index]
-        differentiable = type_ is not None and type_.dtype.startswith(("float", "bfloat", "comp"))
-        if ref in seen or not differentiable or node.op.rpartition(".")[0] in _DEAD_ENDS:
-            continue
-        seen.add(ref)
-        if node.op == "cgo.parameter" and node.keyword("trainable") is True:
-            found.update(homes(node))
-        pending.extend(inputs_of(node))
-    return frozenset(found)
 
 
 class PackedState:

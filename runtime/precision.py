@@ -1,7 +1,8 @@
-"""Whether products of float32 numbers may be computed in TF32, for as long as a trial runs.
+"""The precision of products: autocast, and TF32 for as long as a trial runs.
 
-torch has two ways to say so, and refuses to read by the older what the newer has set. So both are
-set here, to the same: whoever reads either one (torch's own compiler has read both) is answered.
+torch has two ways to allow TF32, and refuses to read by the older what the newer has set. So both
+are set here, to the same: whoever reads either one (torch's own compiler has read both) is
+answered.
 """
 
 from __future__ import annotations
@@ -30,6 +31,13 @@ def tf32(allowed: bool | None) -> Iterator[None]:
         yield
     finally:
         _set(before[0] == "tf32", before[1] == "tf32", before)
+
+
+def autocasting(dtype: str | None, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Autocast to a dtype by torch's name for it; nothing for None."""
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, dtype))
 
 
 def tf32_key() -> str:

@@ -25,9 +25,10 @@ from cgo.graph import ModelId, TensorType
 from cgo.model import TrainingSpec
 from cgo.runtime.accelerator import accelerator_for
 from cgo.runtime.builder import Source
+from cgo.runtime.gradients import Place
 from cgo.runtime.lower import Lowered
 from cgo.runtime.optimizers import Updater, moments_of
-from cgo.runtime.packing import Pack, Place, rehome
+from cgo.runtime.packing import Pack, rehome
 from cgo.runtime.updates import Updates
 
 #: Sizes that allocators round up to, in bytes, by type of device.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cgo.model import TrainingSpec, loss_function
 from cgo.runtime.data import call_arguments, target_of
+from cgo.runtime.precision import autocasting
 
 
 class Step(nn.Module):
@@ -74,7 +75,4 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 def autocast(training: TrainingSpec, device: torch.device | str) -> Any:
     """The autocast context that the training spec's precision asks for."""
-    if training.autocast_dtype is None:
-        return contextlib.nullcontext()
-    dtype = getattr(torch, training.autocast_dtype)
-    return torch.autocast(torch.device(device).type, dtype=dtype)
+    return autocasting(training.autocast_dtype, torch.device(device))

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +30,6 @@ from cgo.runtime.costs import (
     default_path,
     device_key,
     repacking,
-    signature_of,
 )
 from cgo.runtime.emitter import Types, operator_of, runs
 from cgo.runtime.forms import forms_of
@@ -49,6 +49,9 @@ _LARGE_BYTES = 2**19
 #: least to gain, and pay for copies that no measurement of a single group sees.
 _MARGIN = 0.5
 
+
+#: Members of a loop that are timed together on a GPU.
+_LOOPED = 8
 
 #: Fewer planned steps do not repay recording one, which costs about as much as ten.
 _TAPED_STEPS = 64
@@ -115,6 +118,7 @@ class Tuner:
             measured=self.budget.measured,
             seconds=self.budget.spent,
             images_last=last,
+            ways=_counted(ruled.graph, options),
         )
         captured = self._captured()
         compiler = Compiler(
@@ -162,7 +166,10 @@ class Tuner:
     def _decide(self, graph: Graph) -> tuple[Mapping[str, Option], bool | None]:
         """Each group's option, and whether images have channels last: measured, but on a CPU."""
         if not self.budget.seconds:
-            self.budget.seconds = self.tuning.budget_s(self.steps * _step_s(graph))
+            seconds = self.tuning.budget_s(self.steps * _step_s(graph))
+            # Steps take longer on a CPU, which the estimate is of.
+            most = math.inf if self.device.type == "cpu" else self.tuning.most_s
+            self.budget.seconds = min(seconds, most)
         last: bool | None = None
         self.assignment = self._assignment(graph, last)
         if self.device.type != "cpu" and self.budget.left and _convolves(graph):
@@ -190,12 +197,12 @@ class Tuner:
         # Branches of a single model gain less by being one operator than their gradients lose.
         if (shared and all(shared)) or len(frozenset().union(*(n.owners for n in nodes))) == 1:
             return [Option(LOOPED, LANES, 1, 0.0)]
-        signature = signature_of(nodes[0], timer.types, shared)
+        signature = timer.signature(nodes, shared)
         size = len(nodes)
         largest = max((bytes_of(timer.types[ref]) for ref in _all_refs(nodes[0])), default=0)
         found: list[Option] = []
         for form, layout in _ways(nodes[0]):
-            for width in _widths(size, largest, form):
+            for width in self._widths(size, largest, form):
                 seconds = self._cost(signature, nodes, Way(form, layout), width, timer)
                 if seconds is not None and math.isfinite(seconds):
                     found.append(Option(form, layout, width, seconds))
@@ -204,6 +211,23 @@ class Tuner:
             return [self._ruled(nodes, largest)]
         limit = loops[0].seconds * (1 - _MARGIN / size)
         return loops + [o for o in found if o.form != LOOPED and o.seconds < limit]
+
+    def _widths(self, size: int, largest: int, form: str) -> list[int]:
+        if form == LOOPED:
+            return [1]
+        if self.device.type != "cpu":  # what narrower groups gain is a CPU's cache
+            return [size]
+        chunks = [w for w in (2, 4, 8) if w < size and largest * size > _CHUNKED_BYTES]
+        return chunks if largest > _LARGE_BYTES and chunks else [*chunks, size]
+
+    def _measured_width(self, width: int, way: Way) -> int:
+        """The next smaller of the widths that are measured; costs a member are alike between them.
+
+        A loop's members are timed one by one; on a GPU several, as one takes hardly any time.
+        """
+        if way.form != LOOPED:
+            return max(w for w in WIDTHS if w <= max(width, WIDTHS[0]))
+        return 1 if self.device.type == "cpu" else min(width, _LOOPED)
 
     def _forced(self, nodes: Sequence[Node], timer: Timer) -> list[Option]:
         width = min(self.tuning.width or len(nodes), len(nodes))
@@ -218,7 +242,7 @@ class Tuner:
         self, signature: Signature, nodes: Sequence[Node], way: Way, width: int, timer: Timer
     ) -> float | None:
         """Seconds of a whole group executed one way, so many members at once."""
-        measured = 1 if way.form == LOOPED else _measured_width(width)
+        measured = self._measured_width(len(nodes) if way.form == LOOPED else width, way)
         key = f"{way.form}/{way.layout}" + ("/last" if timer.marked_last else "")
         known = self.table.get(signature, key, measured)
         if known is None and self.budget.left:
@@ -385,6 +409,16 @@ def _applied(ruled: Choice, options: Mapping[str, Option]) -> Choice:
     return Choice(Graph(tuple(nodes), ruled.graph.outputs), ruled.programs, ways)
 
 
+def _counted(graph: Graph, options: Mapping[str, Option]) -> dict[str, int]:
+    """How many groups of each operator are executed each way."""
+    operators = {node.group: operator_of(node) for node in graph.nodes if node.group in options}
+    ways = (
+        f"{operators[name]}: {option.form}" + f", {option.layout}" * (option.form != LOOPED)
+        for name, option in options.items()
+    )
+    return dict(Counter(ways).most_common())
+
+
 def _all_refs(node: Node) -> list[Ref]:
     return [*inputs_of(node), *(Ref(node.name, index) for index in range(len(node.types)))]
 
@@ -403,15 +437,3 @@ def _ways(node: Node) -> list[tuple[str, str]]:
     if len(found) == 1:
         found.append((VMAP, STACKED))
     return found
-
-
-def _widths(size: int, largest: int, form: str) -> list[int]:
-    if form == LOOPED:
-        return [1]
-    chunks = [w for w in (2, 4, 8) if w < size and largest * size > _CHUNKED_BYTES]
-    return chunks if largest > _LARGE_BYTES and chunks else [*chunks, size]
-
-
-def _measured_width(width: int) -> int:
-    """The next smaller of the widths that are measured; costs a member are alike between them."""
-    return max(w for w in WIDTHS if w <= max(width, WIDTHS[0]))

@@ -128,3 +128,24 @@ def test_shipped_costs_of_another_device_are_better_than_nothing():
 def test_a_table_ships_for_the_cpu():
     table = CostTable(None, CPU)
     assert len(table._rows) + len(table._foreign) > 500
+
+
+@pytest.mark.parametrize("factory", ["norm_called_twice", "frozen_norm"])
+def test_what_carries_no_gradient_is_measured_without_one(factory, tmp_path):
+    """Running statistics that one norm hands to the next, and all before the first layer."""
+    found, _, timer = groups(factory, tmp_path=tmp_path)
+    norms = [members for members in found if "batch_norm" in members[0].op]
+    assert norms
+    for members in norms:
+        for way in (Way(LOOPED, "lanes"), Way("batch norm over channels", "channels")):
+            assert math.isfinite(timer.seconds(members, way))
+
+
+def test_a_way_that_raises_costs_infinity_and_nothing_else(tmp_path, monkeypatch):
+    found, _, timer = groups("mlp", tmp_path=tmp_path)
+
+    def broken(*given):
+        raise ValueError("as planned")
+
+    monkeypatch.setattr(timer, "_value", broken)
+    assert timer.seconds(found[0], Way(LOOPED, "lanes")) == math.inf

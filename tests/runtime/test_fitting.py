@@ -8,7 +8,7 @@ import cgo
 from cgo.graph import verify
 from cgo.runtime.choice import Rules
 from cgo.runtime.fitting import fit
-from cgo.runtime.memory import estimate
+from cgo.runtime.memory import at_most, estimate
 
 CPU = torch.device("cpu")
 TRAINING = {"precision": "float64", "epochs": 3, "optimizer": "Adam",
@@ -35,19 +35,29 @@ def on_top(found):
 def test_what_fits_is_left_as_it_is(planned):
     choice, trainings = planned
     told = []
-    found, taken = fit(choice, trainings, 1e15, CPU, lambda what, **f: told.append((what, f)))
+    whole = on_top(estimate(choice.graph, trainings, choice=choice))
+    found, taken = fit(choice, trainings, whole, CPU, lambda what, **f: told.append((what, f)))
     assert found is choice
-    assert taken == estimate(choice.graph, trainings, choice=choice)
+    assert taken == {"estimated_bytes": estimate(choice.graph, trainings, choice=choice).peak}
     assert told[0][0] == "memory"
-    assert told[0][1]["estimated_bytes"] == taken.peak
+    assert told[0][1]["estimated_bytes"] == taken["estimated_bytes"]
+
+
+def test_where_memory_is_plenty_nothing_is_rehearsed(planned):
+    choice, trainings = planned
+    told = []
+    found, taken = fit(choice, trainings, 1e15, CPU, lambda what, **f: told.append(f))
+    assert found is choice
+    assert taken == {"at_most_bytes": at_most(choice.graph)}
+    assert told[0]["at_most_bytes"] == taken["at_most_bytes"]
 
 
 @pytest.mark.parametrize("share", [0.7, 0.4])
 def test_programs_are_divided_until_a_step_fits(planned, share):
     choice, trainings = planned
     whole = on_top(estimate(choice.graph, trainings, choice=choice))
-    found, taken = fit(choice, trainings, share * whole, CPU)
-    assert on_top(taken) <= share * whole
+    found, _ = fit(choice, trainings, share * whole, CPU)
+    assert on_top(estimate(found.graph, trainings, choice=found)) <= share * whole
     assert len(found.programs) > 1
     assert sorted(model for ids in found.programs for model in ids) == sorted(trainings)
     verify(found.graph)
@@ -55,9 +65,9 @@ def test_programs_are_divided_until_a_step_fits(planned, share):
 
 def test_single_models_are_the_end_of_it(planned):
     choice, trainings = planned
-    found, taken = fit(choice, trainings, 1.0, CPU)
+    found, _ = fit(choice, trainings, 1.0, CPU)
     assert len(found.programs) == len(trainings)
-    assert on_top(taken) > 1.0
+    assert on_top(estimate(found.graph, trainings, choice=found)) > 1.0
 
 
 @pytest.mark.parametrize("capture", [False, True])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.merged import Case
 
 from cgo.bench.families import FAMILIES
 from cgo.errors import GraphError
@@ -14,7 +15,7 @@ from cgo.runtime.choice import Rules
 from cgo.runtime.data import Loader, open_data
 from cgo.runtime.lanes import MergedLanes
 from cgo.runtime.member import Member
-from cgo.runtime.memory import Estimate, estimate, measured_peak
+from cgo.runtime.memory import Estimate, at_most, estimate, measured_peak
 from cgo.runtime.tuning import make_tuner
 from cgo.tuning import Tuning
 
@@ -63,6 +64,22 @@ def test_the_peak_is_within_15_percent_of_the_measured_one(planned, name):
     batch = sum(leaf.nbytes for leaf in batches[0][1].values())
     measured = measured_peak(lambda: train(data, batches)) + batch
     assert abs(found.peak / measured - 1) <= 0.15, (found, measured)
+
+
+@pytest.mark.parametrize("family", ["mlp", "cnn", "residual", "cells", "encoder", "lstm", "tied"])
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam", "Adagrad"])
+def test_the_quick_bound_is_no_smaller_than_the_estimate(family, optimizer, tmp_path):
+    training = {"optimizer": optimizer, "epochs": 1}
+    if optimizer == "Adam":
+        training["optimizer_kwargs"] = {"amsgrad": True, "lr": 0.1}
+    models = [Case(f"m{n}", family, seed=n, training=training).model() for n in range(3)]
+    for model, rate in zip(models, (0.1, 0.2, 0.3)):
+        kwargs = {**model.training.optimizer_kwargs, "lr": rate}  # so that vectors are needed
+        model.training = replace(model.training, optimizer_kwargs=kwargs)
+    data = Planner().plan(models, tmp_path).graph_data
+    for device_type in ("cpu", "cuda"):
+        found = estimate(data.graph, trainings(data), device_type=device_type)
+        assert at_most(data.graph) >= found.peak
 
 
 def test_state_is_counted_by_purpose(planned):

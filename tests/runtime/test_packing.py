@@ -11,8 +11,9 @@ import cgo
 from cgo import trial, weights
 from cgo.graph import Graph, Node, Output, Ref, TensorType
 from cgo.planner import Planner
+from cgo.runtime.gradients import learning_places
 from cgo.runtime.member import Member
-from cgo.runtime.packing import Pack, PackedState, learning_places, plan_packs, rehome, release
+from cgo.runtime.packing import Pack, PackedState, plan_packs, rehome, release
 
 CPU = torch.device("cpu")
 

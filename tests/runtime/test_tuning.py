@@ -48,6 +48,36 @@ def test_a_measured_choice_trains_as_alone_and_says_what_it_cost(tmp_path, alone
     assert tuned(again)[0]["measured"] < told["measured"] or told["measured"] == 0
 
 
+COMMON = {
+    "class weights": ("mlp", {"loss": "support.losses:weighted"}),
+    "norm called twice": ("norm_called_twice", {}),
+    "frozen norm": ("frozen_norm", {}),
+}
+
+
+@pytest.mark.parametrize("name", COMMON)
+def test_common_models_survive_being_measured(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("CGO_CACHE", str(tmp_path / "cache"))
+    factory, more = COMMON[name]
+    given = {"epochs": 2, "precision": "float64"}
+    cases = [Case(f"m{n}", factory, seed=n, training=given, **more) for n in range(2)]
+    merged = Merged(cases, tmp_path, tuning=cgo.Tuning(share=1.0))
+    assert tuned(merged)[0]["measured"] > 0
+    for case in cases:
+        assert_equal_float64(merged, case)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_groups_are_measured_under_their_regions_autocast(precision, tmp_path, monkeypatch):
+    monkeypatch.setenv("CGO_CACHE", str(tmp_path / "cache"))
+    given = {"epochs": 1, "precision": precision}
+    merged = Merged(cases(**given), tmp_path, tuning=cgo.Tuning(share=1.0))
+    told = tuned(merged)[0]
+    assert told["measured"] > 0
+    assert any("loop" not in way for way in told["ways"])
+    assert all(merged.ended(case.id)["success"] for case in cases())
+
+
 def test_repeating_a_trial_with_its_record_gives_the_same_bits(tmp_path):
     given = cases(precision="float32")
     first = Merged(given, tmp_path / "first", tuning=cgo.Tuning(share=1.0))

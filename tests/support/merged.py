@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import oracle
 import torch
 from support import data as sources
-from support import nets
+from support import losses, nets
 
 import cgo
 from cgo import trial, weights
@@ -65,7 +65,8 @@ class Case:
             batch_size=self.batch_size,
             data_seed=self.data_seed,
             drop_last=self.drop_last,
-            loss=getattr(torch.nn.functional, self.loss),
+            loss=getattr(losses, self.loss.partition(":")[2], None)
+            or getattr(torch.nn.functional, self.loss),
             metric=self.metric,
             augment=self.augment,
             **self.training,

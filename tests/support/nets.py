@@ -356,3 +356,27 @@ class Trap(nn.Module):
 
 def trap(kind):
     return Trap(kind)
+
+
+class NormCalledTwice(nn.Module):
+    """One batch norm, called twice in a forward, as siamese networks and discriminators do."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.inner = nn.Linear(64, width)
+        self.norm = nn.BatchNorm1d(width)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x):
+        z = self.inner(x.flatten(1))
+        return self.head(self.norm(z) + self.norm(-z).relu())
+
+
+def norm_called_twice(**kwargs):
+    return NormCalledTwice(**kwargs)
+
+
+def frozen_norm():
+    """A batch norm over a frozen layer, its own weights frozen, too: nothing there learns."""
+    stem = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16)).requires_grad_(False)
+    return nn.Sequential(stem, nn.ReLU(), nn.Linear(16, 10))
