@@ -22,15 +22,21 @@ WARM_STEPS = 5
 ROUND_S = 0.1
 
 
-def merged_steps(models: list[Model], device: torch.device, data: GraphData | None = None) -> Steps:
+def merged_steps(
+    models: list[Model],
+    device: torch.device,
+    data: GraphData | None = None,
+    tell: Callable[..., None] = lambda what, **figures: None,
+) -> Steps:
     """The merged step that is measured; this function alone says how it is taken.
 
     Args:
         models: What to train.
         device: Where.
         data: Their document, where they were planned before.
+        tell: Hears what was chosen and captured.
     """
-    return merged(models, device=device, data=data)
+    return merged(models, device=device, data=data, tell=tell)
 
 
 def solos_of(models: list[Model], device: torch.device) -> list[Solo]:

@@ -210,7 +210,10 @@ def _first_steps(
         torch.cuda.init()
         torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
-    steps = gpu_methods.merged_steps(models, device, data)
+    told: list[dict[str, Any]] = []
+    steps = gpu_methods.merged_steps(
+        models, device, data, lambda what, **figures: told.append({"what": what, **figures})
+    )
     built_s = time.perf_counter() - started
     steps(1)
     synchronize(device)
@@ -220,6 +223,7 @@ def _first_steps(
     emit({
         "warm_s": time.perf_counter() - started,
         "peak_bytes": torch.cuda.max_memory_allocated(device) if cuda else None,
+        "told": told,
     })  # fmt: skip
     return steps
 

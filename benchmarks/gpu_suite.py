@@ -301,9 +301,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         start = _starter(options, options.plans or Path(folder), Path(folder) / "cache")
         if options.plan_only:
             return int(plan_only(_chosen(options), start) > 0)
-        Suite(_chosen(options), options.device, options.size, out, options.budget_s, start).run()
+        chosen = _chosen(options)
+        found = Suite(chosen, options.device, options.size, out, options.budget_s, start).run()
     print(f"results: {out}; the tests that need a GPU: python -m pytest -m gpu")
-    return 0
+    return int(any(figures["status"] != "ok" for figures in found["sections"].values()))
 
 
 if __name__ == "__main__":

@@ -345,3 +345,10 @@ def test_a_run_without_a_gpu_says_so_first():
     text = markdown({**found, "summary": summary(found)})
     assert text.startswith("CUDA figures are missing")
     assert "| cnn, 32 models | 2.00 | 40.00 | 20.00 | 16.00 | 20.0 | 8.0 |" in text  # no targets
+
+
+def test_a_run_with_a_failed_section_ends_with_an_error(tmp_path, monkeypatch):
+    given = ["--device", "cpu", "--size", "small", "--only", "ceilings", "--rounds", "1",
+             "--out", str(tmp_path / "results.json")]  # fmt: skip
+    assert gpu_suite.main(given) == 0
+    assert gpu_suite.main([*given, "--budget-s", "0"]) == 1

@@ -283,6 +283,7 @@ def merged(
     *,
     device: torch.device = _CPU,
     data: GraphData | None = None,
+    tell: Callable[..., None] = lambda what, **figures: None,
 ) -> Steps:
     """The merged trial's step, as a trial takes it.
 
@@ -291,6 +292,7 @@ def merged(
         tuning: How kernels are chosen.
         device: Where the models run.
         data: Their document, where they were planned before.
+        tell: Hears what was chosen and captured, as a trial's events do.
 
     Raises:
         NotApplicable: a model was not captured.
@@ -302,21 +304,24 @@ def merged(
     for key in data.data:
         entries = [entry for entry in data.models if entry.data == key]
         members = [Member(entry, data, device, data.base, lambda event: None) for entry in entries]
-        tuner = make_tuner(tuning or Tuning(), device, _PLANNED_STEPS)
-        lanes = MergedLanes(data.graph, members, constants, device, tuner)
-        captured = CapturedLanes(lanes, accelerator_for(device))
+        tuner = make_tuner(tuning or Tuning(), device, _PLANNED_STEPS, tell=tell)
+        lanes = MergedLanes(data.graph, members, constants, device, tuner, tell)
+        captured = CapturedLanes(lanes, accelerator_for(device), tell)
         batches = itertools.cycle(list(Loader(open_data(data.data[key]), device).train(0)))
         parts.append((captured, [member.id for member in members], batches))
+
+    def step(captured: CapturedLanes, ids: list[ModelId], size: int, leaves: Leaves) -> None:
+        if captured.train(ids, leaves, size):
+            failures = captured.finish(ids, size)
+        else:
+            failures = _eagerly(captured.lanes, ids, leaves, size)
+        for failure in failures.values():
+            raise failure
 
     def steps(count: int) -> None:
         for captured, ids, batches in parts:
             for size, leaves in itertools.islice(batches, count):
-                if captured.train(ids, leaves, size):
-                    failures = captured.finish(ids, size)
-                else:
-                    failures = _eagerly(captured.lanes, ids, leaves, size)
-                for failure in failures.values():
-                    raise failure
+                step(captured, ids, size, leaves)
 
     weakref.finalize(steps, temporary.cleanup)
     return steps
