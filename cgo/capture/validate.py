@@ -1,25 +1,31 @@
-"""Every capture is compared with the eager module before it is trusted."""
+"""Every capture is compared with the eager module before it is trusted.
+
+Both are run several times in a row from one state, each time over another order of the batch, and
+between the runs all parameters and buffers are moved to where nothing coincides that only began
+equal: a copy of a weight, an average, a gate of zero. What Python keeps between calls must not
+change.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from cgo.capture.compare import GRADIENT, SPREAD, TOLERANCES, Found, beyond, gaps, refuse
 from cgo.capture.convert import Program
+from cgo.capture.disturb import AMOUNTS, copy_tensors, disturb, restored, tensors_of
+from cgo.capture.python_state import Watched, moved
 from cgo.errors import CaptureError
 from cgo.graph import Graph, Output, prune
 from cgo.model import TrainingSpec, loss_function
 from cgo.runtime.data import Leaves, preserved_random_state, seed_all
-from cgo.runtime.lower import lower
+from cgo.runtime.lower import Lowered, lower
 from cgo.runtime.operators import empty, filler
 from cgo.runtime.step import autocast, compute, eval_mode
-
-#: Largest difference allowed, relative to the largest magnitude of the eager tensor. The captured
-#: program runs the same kernels, so these leave room for a reordered sum, not for another result.
-TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3}
 
 #: Backwards start with it in float16, as in training: where gradients vanish, all look alike.
 _FLOAT16_SCALE = 2.0**10
@@ -49,11 +55,12 @@ def validate(
     leaves: Leaves,
     *,
     seeds: Sequence[int] = (0, 1),
+    proven: bool = False,
 ) -> None:
     """Run captured and eager side by side, for each seed in another order of the batch.
 
     Losses, predictions, gradients (which are there at all, and their values), buffers and the place
-    in the random stream must agree.
+    in the random stream must agree: at the module's own state, then at disturbed ones.
 
     Args:
         program: What was captured.
@@ -61,31 +68,111 @@ def validate(
         module: What it was captured from, or one that is built alike.
         training: How it is trained.
         leaves: A batch.
-        seeds: One tells whether a module is built alike; what is baked into a program, such as
-            random numbers, takes two to show.
+        seeds: One, at a disturbed state, tells whether a module is built alike; what is baked into
+            a program, such as random numbers, takes two to show.
+        proven: Refuse a module that does not run at any disturbed state.
 
     Raises:
-        CaptureError: they do not; says what differs.
+        CaptureError: they do not agree; says what differs.
     """
-    eager, mirror = copy.deepcopy(module), copy.deepcopy(module)
-    graph = program_graph(program, name)
-    runs = [(seed, {key: leaf.roll(seed, 0) for key, leaf in leaves.items()}) for seed in seeds]
-    for number, (seed, rolled) in enumerate(runs):
-        expected = _eager(eager, name, training, rolled, seed)
-        found = _captured(graph, program, name, mirror, training, rolled, seed)
-        gaps = _gaps(expected, found, name)
-        allowed = dict.fromkeys(gaps, TOLERANCES[training.precision])
-        if any(not gaps[what] <= allowed[what] for what in gaps):
-            moved = _moved_by_an_ulp(module)
-            others = [_eager(moved, name, training, again, s) for s, again in runs[: number + 1]]
-            spread = _gaps(expected, others[-1], name)
-            allowed = {what: max(allowed[what], _SPREAD * spread[what]) for what in gaps}
-        _refuse(gaps, allowed, name)
+    sides = _Sides(program, name, module, training)
+    watched = Watched(sides.eager, (loss_function(training.loss),))
+    before = watched.snapshot()
+    for number, seed in enumerate(seeds):
+        rolled = {key: leaf.roll(seed, 0) for key, leaf in leaves.items()}
+        disturbed = number > 0 or len(seeds) == 1
+        try:
+            sides.compare(seed, rolled, disturbed=disturbed, proven=proven)
+        except CaptureError:
+            if number == 0:
+                before = watched.snapshot()
+                sides.call_again()
+            _refuse_moved(before, watched.snapshot(), name)  # the better reason
+            raise
+        after = watched.snapshot()
+        if number:  # what a first call sets up is not there before it
+            _refuse_moved(before, after, name)
+        before = after
 
 
-#: A captured value may be so many times as far from the eager one as that goes when each parameter
-#: moves by an ulp: what is chaotic, or is nothing but rounding, says nothing about the capture.
-_SPREAD = 10.0
+def _refuse_moved(before: Mapping[str, object], after: Mapping[str, object], name: str) -> None:
+    if (place := moved(before, after)) is not None:
+        raise CaptureError(
+            f"{place} changes with each call in {name}, and a graph would keep what it was"
+        )
+
+
+class _Sides:
+    """A module and its mirror, run eagerly and as captured, each time from one state."""
+
+    def __init__(
+        self, program: Program, name: str, module: nn.Module, training: TrainingSpec
+    ) -> None:
+        self._name, self._training, self._module = name, training, module
+        self.eager, self._mirror = copy.deepcopy(module), copy.deepcopy(module)
+        lowered = lower(program_graph(program, name), name, _CPU, images_last=False)
+        self._captured = partial(_captured, lowered, program, name, training)
+        self._done: list[Callable[[nn.Module], Found]] = []  # to be done again by another module
+
+    def compare(self, seed: int, leaves: Leaves, *, disturbed: bool, proven: bool) -> None:
+        """Run both once.
+
+        Raises:
+            CaptureError: they do not agree.
+        """
+        run = partial(self._run, seed, leaves)
+        amounts = (*(AMOUNTS if disturbed else ()), *(() if disturbed and proven else (0.0,)))
+        for amount in amounts:
+            step = partial(run, amount=amount)
+            try:
+                with restored(self.eager):
+                    expected = step(self.eager, mirrored=True)
+                    self._done.append(step)
+                    break
+            except _NoNumbers as error:
+                reason = str(error)
+        else:
+            raise CaptureError(f"{self._name} does not run at other values of weights: {reason}")
+        found = self._captured(self._mirror, leaves, seed)
+        self._judge(expected, found)
+
+    def call_again(self) -> None:
+        """Run the eager side once more, as it was run last, for what Python keeps of it."""
+        if self._done:
+            self._done[-1](self.eager)
+
+    def _run(
+        self, seed: int, leaves: Leaves, module: nn.Module, *, amount: float, mirrored: bool = False
+    ) -> Found:
+        """One eager run; the mirror gets the state that it begins with."""
+        if amount:
+            disturb(module, amount, seed)
+        if mirrored:
+            copy_tensors(tensors_of(module), tensors_of(self._mirror))
+        try:
+            found = _eager(module, self._name, self._training, leaves, seed)
+        except Exception as error:
+            if not amount:
+                raise
+            raise _NoNumbers(f"{type(error).__name__}: {error}") from error
+        loss = found["the loss"]
+        if amount and (loss is None or not loss.isfinite().all()):
+            raise _NoNumbers("the loss is no number")
+        return found
+
+    def _judge(self, expected: Found, found: Found) -> None:
+        apart = gaps(expected, found, self._name)
+        allowed = dict.fromkeys(apart, TOLERANCES[self._training.precision])
+        if beyond(apart, allowed) is not None:
+            other = _moved_by_an_ulp(self._module)
+            again = [step(other) for step in self._done]
+            spread = gaps(expected, again[-1], self._name)
+            allowed = {what: max(allowed[what], SPREAD * spread[what]) for what in apart}
+        refuse(apart, allowed, self._name)
+
+
+class _NoNumbers(Exception):
+    """A module that does not run at a disturbed state."""
 
 
 def _moved_by_an_ulp(module: nn.Module) -> nn.Module:
@@ -132,18 +219,16 @@ def _backward(loss: Tensor, training: TrainingSpec) -> None:
 
 
 def _captured(
-    graph: Graph,
+    lowered: Lowered,
     program: Program,
     name: str,
-    module: nn.Module,
     training: TrainingSpec,
+    module: nn.Module,
     leaves: Leaves,
     seed: int,
-) -> dict[str, Tensor | None]:
+) -> Found:
     module.zero_grad()
-    lowered = lower(graph, name, _CPU, images_last=False)
-    tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
-    tensors |= dict(module.named_buffers(remove_duplicate=False))
+    tensors = tensors_of(module)
     generator = torch.Generator().manual_seed(seed)
     values = []
     for source in lowered.sources:  # a graph without groups has single nodes only
@@ -179,65 +264,6 @@ def _captured(
 
 def _state(module: nn.Module) -> dict[str, Tensor | None]:
     state: dict[str, Tensor | None] = {
-        f"{_GRADIENT}{path}": parameter.grad for path, parameter in module.named_parameters()
+        f"{GRADIENT}{path}": parameter.grad for path, parameter in module.named_parameters()
     }
     return state | {f"buffer {path}": buffer for path, buffer in module.named_buffers()}
-
-
-#: Gradients are compared on a scale of at least so much of the model's largest one: a parameter
-#: whose true gradient is zero has nothing but rounding.
-_FLOOR = 1e-3
-
-_GRADIENT = "the gradient of "
-
-
-def _gaps(
-    expected: Mapping[str, Tensor | None], found: Mapping[str, Tensor | None], name: str
-) -> dict[str, float]:
-    """How far apart tensors are, relative to their magnitude.
-
-    Raises:
-        CaptureError: one of them is missing, or of another type.
-    """
-    largest = max((_scale(t) for what, t in expected.items() if what.startswith(_GRADIENT)
-                   and t is not None), default=0.0)  # fmt: skip
-    gaps: dict[str, float] = {}
-    for what, right in expected.items():
-        left = found.get(what)
-        if (left is None) != (right is None):
-            raise CaptureError(
-                f"captured and eager differ in {name}: {what} is "
-                f"{'missing' if left is None else 'there'} in the captured graph"
-            )
-        if left is None or right is None:
-            continue
-        if left.shape != right.shape or left.dtype != right.dtype:
-            raise CaptureError(f"captured and eager differ in {name}: {what} has another type")
-        floor = _FLOOR * largest if what.startswith(_GRADIENT) else 0.0
-        gaps[what] = _gap(left, right, max(floor, 1e-12))
-    return gaps
-
-
-def _refuse(gaps: Mapping[str, float], allowed: Mapping[str, float], name: str) -> None:
-    for what, gap in gaps.items():
-        if not gap <= allowed[what]:
-            raise CaptureError(
-                f"captured and eager differ in {name}: {what} by {gap:.2g} relative "
-                f"(allowed {allowed[what]:.2g})"
-            )
-
-
-def _scale(tensor: Tensor) -> float:
-    """The largest magnitude of a finite element; 1 where there is none."""
-    finite = tensor.detach().double()
-    finite = finite[finite.isfinite()]
-    return float(finite.abs().max()) if finite.numel() else 1.0
-
-
-def _gap(left: Tensor, right: Tensor, floor: float) -> float:
-    if torch.equal(left, right) or not right.numel():
-        return 0.0
-    left, right = left.detach().double(), right.detach().double()
-    same = (left == right) | (left.isnan() & right.isnan())
-    gap = torch.where(same, 0.0, (left - right).abs()).max()
-    return float(gap) / max(_scale(right), floor)
