@@ -12,8 +12,9 @@ from cgo.graph import SOURCES
 #:
 #: - `cgo.random(distribution=, model=, order=, ...)`: random tensor, drawn before the step from
 #:   the model's own stream; `order` counts the model's draws within one program. Distributions:
-#:   dropout (p: zeros and 1 / (1 - p), what the input is multiplied by), bernoulli (p), uniform,
-#:   normal, randint (low, high)
+#:   dropout (p: zeros and 1 / (1 - p), what the input is multiplied by), bernoulli (p), uniform
+#:   (low, high), normal (mean, std), exponential (rate), log_normal (mean, std), cauchy (median,
+#:   scale), geometric (p), randint (low, high), randperm
 #: - `cgo.batch_norm(x, weight, bias, mean, var, momentum, eps)` in training mode: outputs
 #:   (y, new mean, new var)
 CGO_OPERATORS = SOURCES | {"cgo.random", "cgo.batch_norm"}

@@ -88,11 +88,11 @@ class _Interned:
         return self._ids.setdefault(key, len(self._ids))
 
     def _updates(self) -> dict[int, list[tuple[str, frozenset[str], int, int]]]:
-        """For each buffer: (program, data, position, index) of every update it receives."""
+        """For each buffer, and parameter: (program, data, position, index) of each update."""
         places = {
             place: index
             for index, node in enumerate(self.graph.nodes)
-            if node.op == "cgo.buffer"
+            if node.op in STATE
             for place in homes(node)
         }
         found: dict[int, list[tuple[str, frozenset[str], int, int]]] = {

@@ -129,7 +129,7 @@ class Bound:
         written = [self._buffer(output, True) for output in self.lowered.written]
         targets = {id(target): target for target in [t for _, t in self.updates] + written}
         self._buffers = list(targets.values())
-        self._before = [torch.empty_like(buffer) for buffer in self._buffers]
+        self._before = [torch.empty_like(buffer.detach()) for buffer in self._buffers]
 
     def _plan_seeds(self, scaling: Scaling | None) -> None:
         """Which losses are scaled by what; scales are read anew at every step."""
@@ -246,7 +246,8 @@ class Bound:
         for position, parameter in self._idle:
             values[position] = parameter.detach()
         if self._buffers and undo:
-            torch._foreach_copy_(self._before, self._buffers)
+            with torch.no_grad():  # a module may write parameters, too
+                torch._foreach_copy_(self._before, self._buffers)
         scale = [] if self._scale is None else [self._scale]
         return [*values, *scale]  # type: ignore[list-item]
 
@@ -261,7 +262,8 @@ class Bound:
     def restore(self) -> None:
         """Undo what a failed run wrote into buffers."""
         if self._buffers:
-            torch._foreach_copy_(self._buffers, self._before)
+            with torch.no_grad():
+                torch._foreach_copy_(self._buffers, self._before)
 
 
 def lanes_of(result: LoweredResult, value: Tensor) -> Iterator[tuple[Output, Tensor]]:

@@ -48,24 +48,66 @@ def batch_norm_copying(
 def filler(node: Node) -> Fill:
     """How to draw what a `cgo.random` node stands for, as the eager operator would."""
     given = dict(node.kwargs)
-    match given["distribution"], given.get("p"):
-        case "dropout", 1.0:
-            return lambda out, generator: out.zero_()
-        case "dropout", float(p):  # zeros and 1 / (1 - p): what x is multiplied by
-            keep = 1 - p
-            return lambda out, generator: out.bernoulli_(keep, generator=generator).div_(keep)
-        case "bernoulli", float(p):
-            return lambda out, generator: out.bernoulli_(p, generator=generator)
-        case "uniform", _:
-            return lambda out, generator: out.uniform_(generator=generator)
-        case "normal", _:
-            return lambda out, generator: out.normal_(generator=generator)
-        case "randint", _:
-            low, high = given["low"], given["high"]
-            assert isinstance(low, int)
-            assert isinstance(high, int)
-            return lambda out, generator: out.random_(low, high, generator=generator)
-    raise GraphError(f"%{node.name}: unknown distribution {given['distribution']!r}")
+    fill = _FILLS.get(str(given["distribution"]))
+    if fill is None:
+        raise GraphError(f"%{node.name}: unknown distribution {given['distribution']!r}")
+    names = ("distribution", "order", "model")
+    return fill(**{key: value for key, value in given.items() if key not in names})
+
+
+def _dropout(p: float) -> Fill:
+    """Zeros and 1 / (1 - p): what x is multiplied by."""
+    if p == 1:
+        return lambda out, generator: out.zero_()
+    keep = 1 - p
+    return lambda out, generator: out.bernoulli_(keep, generator=generator).div_(keep)
+
+
+def _bernoulli(p: float) -> Fill:
+    return lambda out, generator: out.bernoulli_(p, generator=generator)
+
+
+def _uniform(low: float = 0.0, high: float = 1.0) -> Fill:
+    return lambda out, generator: out.uniform_(low, high, generator=generator)
+
+
+def _normal(mean: float = 0.0, std: float = 1.0) -> Fill:
+    return lambda out, generator: out.normal_(mean, std, generator=generator)
+
+
+def _exponential(rate: float) -> Fill:
+    return lambda out, generator: out.exponential_(rate, generator=generator)
+
+
+def _log_normal(mean: float, std: float) -> Fill:
+    return lambda out, generator: out.log_normal_(mean, std, generator=generator)
+
+
+def _cauchy(median: float, scale: float) -> Fill:
+    return lambda out, generator: out.cauchy_(median, scale, generator=generator)
+
+
+def _geometric(p: float) -> Fill:
+    return lambda out, generator: out.geometric_(p, generator=generator)
+
+
+def _randint(low: int, high: int) -> Fill:
+    return lambda out, generator: out.random_(low, high, generator=generator)
+
+
+def _randperm() -> Fill:
+    def fill(out: Tensor, generator: torch.Generator) -> object:
+        return torch.randperm(len(out), generator=generator, device=out.device, out=out)
+
+    return fill
+
+
+#: By the name of a distribution, called with its parameters.
+_FILLS: dict[str, Callable[..., Fill]] = {
+    "dropout": _dropout, "bernoulli": _bernoulli, "uniform": _uniform, "normal": _normal,
+    "exponential": _exponential, "log_normal": _log_normal, "cauchy": _cauchy,
+    "geometric": _geometric, "randint": _randint, "randperm": _randperm,
+}  # fmt: skip
 
 
 def empty(type_: TensorType, device: torch.device, members: int | None = None) -> Tensor:

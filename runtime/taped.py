@@ -115,12 +115,13 @@ class Taped:
 
 
 def _clones(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.clone() for tensor in tensors]
+    return [tensor.detach().clone() for tensor in tensors]
 
 
 def _restore(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     if tensors:
-        torch._foreach_copy_(list(tensors), list(values))
+        with torch.no_grad():
+            torch._foreach_copy_(list(tensors), list(values))
 
 
 #: Relative differences that two runs of one kernel may have on a GPU, where sums have no order.

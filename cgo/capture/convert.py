@@ -1,15 +1,17 @@
 """From an exported `torch.fx` graph to our functional graph.
 
-In-place operators become functional ones with buffer updates as explicit outputs; random operators
-become sources that are drawn before the step; `no_grad` regions become explicit detaches. What
-cannot be rewritten exactly raises `CaptureError`, and the model trains as an opaque lane.
+In-place operators become functional ones (`cgo.capture.aliases`), what they write of parameters and
+buffers explicit outputs; random operators become sources that are drawn before the step; `no_grad`
+regions become explicit detaches. What cannot be rewritten exactly raises `CaptureError`, and the
+model trains as an opaque lane.
 """
 
 from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from cgo.capture.aliases import Handle, Memory, View, read, write
+from cgo.capture.casts import Casts, castable
+from cgo.capture.export import at_line, is_users
 from cgo.capture.rewrites import KEEP, REWRITES
 from cgo.errors import CaptureError
 from cgo.graph import Argument, Node, Ref, Symbol, TensorType
@@ -37,7 +42,7 @@ class Program:
     nodes: list[Node]
     loss: Ref
     prediction: Ref | None
-    updates: dict[str, Ref]  # buffer path -> its value after the step
+    updates: dict[str, Ref]  # path of a buffer, or of a parameter -> its value after the step
     constants: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -74,14 +79,13 @@ class _Converter:
         self.exported = exported
         self.leaves = leaves
         self.strip = strip
-        self.autocast_dtype = autocast_dtype
+        self.casts = Casts.needed(exported.graph_module, autocast_dtype)
+        self.autocast_dtype = None if self.casts else autocast_dtype
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.nodes: list[Node] = []
         self.values: dict[Ref, Any] = {}  # fake tensors
-        self.env: dict[fx.Node, Any] = {}  # fx value -> Ref, tuple of Refs, or literal
-        self.homes: dict[Ref, str] = {}  # first value of each buffer -> its path
-        self.state: dict[str, Ref] = {}  # buffer path -> its current value
-        self.storage: dict[fx.Node, set[fx.Node]] = {}  # fx values that may share memory
+        self.env: dict[fx.Node, Any] = {}  # fx value -> Handle, tuple of these, or literal
+        self.state: dict[str, Memory] = {}  # of parameters and buffers, by path
         self.constants: dict[str, Tensor] = {}
         self.taken: set[str] = set()
         self.draws = 0
@@ -93,8 +97,8 @@ class _Converter:
         with self._context():
             self._placeholders(graph)
             self._body(graph, self.exported.graph_module)
-        loss, prediction = self._results(graph)
-        updates = {path: ref for path, ref in self.state.items() if self.homes.get(ref) != path}
+            loss, prediction = self._results(graph)
+        updates = {path: memory.value for path, memory in self.state.items() if memory.version}
         return Program(self.nodes, loss, prediction, updates, self.constants)
 
     def _context(self) -> contextlib.ExitStack:
@@ -107,7 +111,7 @@ class _Converter:
 
     def _results(self, graph: fx.Graph) -> tuple[Ref, Ref | None]:
         returned = graph.output_node().args[0]
-        loss, prediction = (self.env.get(value) for value in returned)  # type: ignore
+        loss, prediction = (self._present(self.env.get(value)) for value in returned)  # type: ignore
         if not isinstance(loss, Ref) or self.values[loss].numel() != 1:
             raise CaptureError("the loss is not a scalar computed from the batch")
         return loss, prediction if isinstance(prediction, Ref) else None
@@ -125,22 +129,18 @@ class _Converter:
                     self._state(node, path, spec.kind is InputKind.PARAMETER)
                 case InputKind.USER_INPUT:
                     leaf = next(names)
-                    self.env[node] = self._source(
-                        leaf, "cgo.input", {"leaf": leaf}, self.leaves[leaf]
-                    )
+                    ref = self._source(leaf, "cgo.input", {"leaf": leaf}, self.leaves[leaf])
+                    self.env[node] = Handle(Memory(ref))
                 case InputKind.CONSTANT_TENSOR:
                     self._constant(node, self.exported.constants[str(spec.target)])
                 case _:
                     raise CaptureError(f"input {node.name} is a {spec.kind.name.lower()}")
-            self.storage[node] = {node}
 
     def _state(self, node: fx.Node, path: str, parameter: bool) -> None:
         op = "cgo.parameter" if parameter else "cgo.buffer"
         ref = self._source(path, op, {"path": path}, node.meta["val"], parameter=parameter)
-        self.env[node] = ref
-        if not parameter:
-            self.homes[ref] = path
-            self.state[path] = ref
+        self.state[path] = Memory(ref)
+        self.env[node] = Handle(self.state[path])
 
     def _constant(self, node: fx.Node, value: Any) -> None:
         if not isinstance(value, Tensor):
@@ -148,7 +148,8 @@ class _Converter:
         with unset_fake_temporarily():
             content = tensor_hash(value)
             self.constants[content] = value.detach().clone()
-        self.env[node] = self._source(node.name, "cgo.constant", {"content": content}, value)
+        ref = self._source(node.name, "cgo.constant", {"content": content}, value)
+        self.env[node] = Handle(Memory(ref, fixed=True))
 
     def _source(
         self,
@@ -170,24 +171,23 @@ class _Converter:
         self.owner = owner
         for node in graph.nodes:
             if node.op == "call_function":
-                self._call(node)
+                try:
+                    self._call(node)
+                except CaptureError as error:
+                    raise located(error, node) from error
             elif node.op not in ("placeholder", "output", "get_attr"):
                 raise CaptureError(f"{node.op} {node.target}")
 
     def _call(self, node: fx.Node) -> None:
-        self.storage[node] = {node}
         if node.target is operator.getitem:
             source, index = node.args
             self.env[node] = self.env[source][index]  # type: ignore[index]
-            self._alias(node, source)
-            return
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
+        elif isinstance(node.target, torch._ops.HigherOrderOperator):
             self._region(node)
-            return
-        if not isinstance(node.target, torch._ops.OpOverload):
+        elif isinstance(node.target, torch._ops.OpOverload):
+            self._operator(node, node.target)
+        else:
             self.env[node] = self._python(node)
-            return
-        self._operator(node, node.target)
 
     def _python(self, node: fx.Node) -> Any:
         """A call on plain Python numbers, such as `operator.mul(2, 3)`."""
@@ -197,43 +197,66 @@ class _Converter:
         raise CaptureError(f"{node.target} is not an ATen operator")
 
     def _region(self, node: fx.Node) -> None:
-        """Inline a `no_grad` region: what it reads is detached, so what it makes carries none."""
+        """Inline a region of another grad mode, or of another autocast setting."""
         name = str(node.target)
-        if name != "wrap_with_set_grad_enabled":
+        if name == "wrap_with_set_grad_enabled":
+            enabled, body, *inputs = node.args
+            if enabled and self.detached:
+                raise CaptureError("enable_grad inside no_grad")
+            setting: contextlib.AbstractContextManager[Any] = self._detaching(not enabled)
+        elif name == "wrap_with_autocast":
+            device, dtype, enabled, _, body, *inputs = node.args
+            assert self.casts is not None
+            setting = self.casts.inside(str(device), dtype, bool(enabled))
+        else:
             raise CaptureError(f"higher-order operator {name}")
-        enabled, body, *inputs = node.args
-        inner = getattr(self.owner, str(body.target))  # type: ignore[union-attr]
-        if enabled and self.detached:
-            raise CaptureError("enable_grad inside no_grad")
-        before, outer = self.detached, self.owner
-        self.detached = before or not enabled
+        with setting:
+            self.env[node] = self._inlined(body, inputs)
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """Emit nodes through which gradients go, wherever the module is."""
+        before, self.detached = self.detached, False
+        try:
+            yield
+        finally:
+            self.detached = before
+
+    @contextlib.contextmanager
+    def _detaching(self, more: bool) -> Iterator[None]:
+        """What is read is detached, so that what is made carries no gradient."""
+        before = self.detached
+        self.detached = before or more
+        try:
+            yield
+        finally:
+            self.detached = before
+
+    def _inlined(self, body: Any, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        inner, outer = getattr(self.owner, str(body.target)), self.owner
         for placeholder, value in zip(inner.graph.find_nodes(op="placeholder"), inputs):
-            self.env[placeholder] = self.env[value]  # type: ignore
-            self.storage[placeholder] = self.storage.get(value, {value})  # type: ignore
-            self.storage[placeholder].add(placeholder)
+            self.env[placeholder] = self.env[value] if isinstance(value, fx.Node) else value
         self._body(inner.graph, inner)
-        self.detached, self.owner = before, outer
+        self.owner = outer
         returned = inner.graph.output_node().args[0]
-        self.env[node] = tuple(self.env[value] for value in returned)  # type: ignore[union-attr]
-        for value in returned:  # type: ignore[union-attr]
-            self._alias(node, value)
+        return tuple(self.env[value] for value in returned)
 
     def _operator(self, node: fx.Node, overload: torch._ops.OpOverload) -> None:
         if overload.namespace != "aten":
             raise CaptureError(f"operator {overload} is not an ATen operator")
-        rewrite = REWRITES.get(overload._schema.name.partition("::")[2].removesuffix("_"))
         written = _written(node, overload)
         args = tuple(self._argument(value) for value in node.args)
         kwargs = {key: self._argument(value) for key, value in node.kwargs.items()}
+        rewrite = REWRITES.get(overload._schema.name.partition("::")[2].removesuffix("_"))
         outcome = rewrite(self, overload, args, kwargs) if rewrite else None
         if outcome is None:
             self._refuse_random(overload)
         if outcome is None or outcome is KEEP:
             outcome = self._functional(overload, args, kwargs, node.name)
-        self.env[node] = outcome
-        for target in written:
-            self._write(node, target, outcome)
-        self._view(node, overload)
+        if written:
+            self.env[node] = self._written(overload, written, outcome)
+        else:
+            self.env[node] = self._handles(node, overload, args, kwargs, outcome)
 
     def _functional(
         self,
@@ -242,14 +265,16 @@ class _Converter:
         kwargs: Mapping[str, Any],
         name: str,
     ) -> Any:
-        if overload._schema.is_mutable:
-            packet, _, variant = str(overload).removeprefix("aten.").partition(".")
-            op = f"aten.{packet.removesuffix('_')}.{variant}"
-            if not packet.endswith("_") or resolve_aten(op) is None:
-                raise CaptureError(f"in-place operator {overload} has no functional form")
-        else:
-            op = str(overload)
-        return self.emit(op, *args, name=name, **kwargs)
+        if overload is torch.ops.aten.copy_.default:  # a write casts and expands
+            return args[1]
+        if not overload._schema.is_mutable:
+            return self.emit(str(overload), *args, name=name, **kwargs)
+        found = functional_form(overload)
+        if found is None:
+            raise CaptureError(f"in-place operator {overload} has no functional form")
+        op, without = found
+        kept = {key: value for key, value in kwargs.items() if key not in without}
+        return self.emit(op, *args, name=name, **kept)
 
     def _refuse_random(self, overload: torch._ops.OpOverload) -> None:
         if torch.Tag.nondeterministic_seeded in overload.tags:
@@ -258,7 +283,7 @@ class _Converter:
     def _argument(self, value: Any) -> Argument:
         match value:
             case fx.Node():
-                return self.env[value]
+                return self._present(self.env[value])  # type: ignore[no-any-return]
             case tuple() | list():
                 return tuple(self._argument(item) for item in value)
             case torch.dtype():
@@ -273,83 +298,96 @@ class _Converter:
                 return value
         raise CaptureError(f"argument {value!r} of type {type(value).__name__}")
 
-    # --- mutation -----------------------------------------------------------------------------
+    # --- memory -------------------------------------------------------------------------------
 
-    def _write(self, node: fx.Node, target: fx.Node, outcome: Any) -> None:
-        """From now on, `target` (whose memory the operator wrote) means the operator's result."""
-        kept = set(self.state.values())
-        for other in self.storage[target]:
-            if self.env.get(other) == self.env[target]:
-                continue  # another name of the very same value; renamed below
-            later = [user for user in other.users if user not in self.env]
-            if later or self.env.get(other) in kept:
+    def _present(self, value: Any) -> Any:
+        """What an fx value is now: tensors as references."""
+        if isinstance(value, Handle):
+            return read(value, self)
+        if isinstance(value, tuple):
+            return tuple(self._present(item) for item in value)
+        return value
+
+    def _written(
+        self, overload: torch._ops.OpOverload, targets: Sequence[fx.Node], outcome: Any
+    ) -> Any:
+        """Write what an operator gave into the tensors that it was told to write."""
+        several = outcome if isinstance(outcome, tuple) else (outcome,)
+        handles = [self.env[target] for target in targets]
+        for handle, value in zip(handles, several, strict=True):
+            was, now = self.values[read(handle, self)], self.values[value]
+            if was.shape != now.shape and overload is not torch.ops.aten.copy_.default:
+                raise CaptureError(f"in-place operator {overload} would change a shape")
+            if handle.memory.fixed:
                 raise CaptureError(
-                    f"in-place operator {node.target} writes memory that %{other.name} shares"
+                    f"in-place operator {overload} writes a tensor that the module keeps and that "
+                    "is neither parameter nor buffer; register it as a buffer"
                 )
-        old = self.env[target]
-        if not isinstance(old, Ref) or not isinstance(outcome, Ref):
-            raise CaptureError(f"in-place operator {node.target} writes several tensors")
-        was, now = self.values[old], self.values[outcome]
-        if was.dtype != now.dtype or was.shape != now.shape:
-            raise CaptureError(f"in-place operator {node.target} would change dtype or shape")
-        if target.op == "placeholder" and self._is_parameter(old):
-            raise CaptureError(f"in-place operator {node.target} writes parameter {old.name}")
-        self._assign(target, old, outcome)
-        self.storage[node] = self.storage[target] | {node}
-        for alias in self.storage[node]:
-            self.storage[alias] = self.storage[node]
+            write(handle, value, self, detached=self.detached)
+        return handles[0] if len(handles) == 1 else tuple(handles)
 
-    def _is_parameter(self, ref: Ref) -> bool:
-        return any(node.name == ref.name and node.op == "cgo.parameter" for node in self.nodes)
+    def _handles(
+        self,
+        node: fx.Node,
+        overload: torch._ops.OpOverload,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        outcome: Any,
+    ) -> Any:
+        """Handles of an operator's results: of memory of their own, or of an argument's."""
+        sources = [self.env[n] for n in node.all_input_nodes if isinstance(self.env[n], Handle)]
+        if isinstance(outcome, Ref):
+            same = (handle for handle in sources if handle.ref == outcome)
+            return next(same, None) or self._handle(node, overload, args, kwargs, outcome, None)
+        if isinstance(outcome, tuple):
+            return tuple(
+                self._handle(node, overload, args, kwargs, ref, index)
+                for index, ref in enumerate(outcome)
+            )
+        return outcome
 
-    def _assign(self, target: fx.Node, old: Ref, new: Ref) -> None:
-        for alias in [key for key, value in self.env.items() if value == old]:
-            self.env[alias] = new
-        self.update_buffer(old, new)
+    def _handle(
+        self,
+        node: fx.Node,
+        overload: torch._ops.OpOverload,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        ref: Ref,
+        index: int | None,
+    ) -> Handle:
+        base = self.env[node.args[0]] if node.args and isinstance(node.args[0], fx.Node) else None
+        aliased = any(value.alias_info is not None for value in overload._schema.returns)
+        if not aliased or not isinstance(base, Handle) or not self._shares(args[0], ref):
+            return Handle(Memory(ref), (), ref)
+        hidden = self.detached or overload is torch.ops.aten.detach.default
+        view = View(str(overload), tuple(args[1:]), dict(kwargs), index, hidden)
+        return Handle(base.memory, (*base.views, view), ref, base.memory.version)
 
-    def update_buffer(self, old: Ref, new: Ref) -> bool:
-        """Make `new` the value of the buffer whose current value is `old`; False if none has it."""
-        for path, current in self.state.items():
-            if current == old:
-                self.state[path] = new
-                return True
-        return False
+    def _shares(self, one: Ref, other: Ref) -> bool:
+        left, right = self.values[one], self.values[other]
+        if not isinstance(left, Tensor) or not isinstance(right, Tensor):
+            return False
+        return bool(left.untyped_storage()._cdata == right.untyped_storage()._cdata)
 
     def replace_buffer(self, old: Argument, new: Ref) -> None:
-        """As `update_buffer`, for a buffer that an operator writes behind its schema."""
-        if not isinstance(old, Ref) or not self.update_buffer(old, new):
-            raise CaptureError("running statistics that are no buffers of the module")
-        for node, value in self.env.items():
-            if value == old:
-                self.env[node] = new
-
-    def _alias(self, node: fx.Node, source: Any) -> None:
-        if isinstance(source, fx.Node):
-            shared = self.storage[node] | self.storage.get(source, {source})
-            for alias in shared:
-                self.storage[alias] = shared
-
-    def _view(self, node: fx.Node, overload: torch._ops.OpOverload) -> None:
-        """Record that a result may share memory with an argument, as the schema says."""
-        aliased = any(value.alias_info is not None for value in overload._schema.returns)
-        name = overload._schema.name
-        if name in ("aten::dropout", "aten::feature_dropout", "aten::alpha_dropout"):
-            aliased = True  # returns its input where it has nothing to do
-        if aliased and not overload._schema.is_mutable:
-            for argument, value in zip(overload._schema.arguments, node.args):
-                if argument.alias_info is not None or name.endswith("dropout"):
-                    for source in value if isinstance(value, (tuple, list)) else (value,):
-                        self._alias(node, source)
+        """Make `new` the value of a buffer that an operator writes behind its schema."""
+        for memory in self.state.values():
+            if memory.value == old:
+                memory.value, memory.version = new, memory.version + 1
+                return
+        raise CaptureError("running statistics that are no buffers of the module")
 
     # --- emitting nodes; used by the rewrites as well -------------------------------------------
 
     def emit(self, op: str, *args: Argument, name: str | None = None, **kwargs: Argument) -> Any:
         """Append a node and return its Ref, or a tuple of Refs for several outputs."""
-        if self.detached:
-            args = tuple(self._detach(argument) for argument in args)
         overload = resolve_aten(op)
         if overload is None:
             raise CaptureError(f"operator {op} is not known")
+        if self.detached:
+            args = tuple(self._detach(argument) for argument in args)
+        if self.casts is not None and self.casts.dtype is not None:
+            args = self._cast(overload, args, kwargs)
         result = overload(*self._fakes(args), **{k: self._fakes(v) for k, v in kwargs.items()})
         return self._add(name or op.split(".")[1], op, args, kwargs, result)
 
@@ -376,6 +414,12 @@ class _Converter:
         """The fake tensor behind a reference."""
         return self.values[ref]  # type: ignore[index]
 
+    def detach(self, ref: Ref) -> Ref:
+        """The value without its gradient."""
+        found = self._detach(ref)
+        assert isinstance(found, Ref)
+        return found
+
     def _detach(self, argument: Argument) -> Argument:
         if isinstance(argument, tuple):
             return tuple(self._detach(item) for item in argument)
@@ -384,12 +428,33 @@ class _Converter:
             return self._add("detach", "aten.detach.default", (argument,), {}, fake)
         return argument
 
+    def _cast(
+        self, overload: torch._ops.OpOverload, args: tuple[Argument, ...], kwargs: Any
+    ) -> tuple[Argument, ...]:
+        """Arguments in the dtype that autocast would give them."""
+        assert self.casts is not None
+        dtype = self.casts.of(overload, self._fakes(args), self._fakes(kwargs))
+        return args if dtype is None else tuple(self._as(argument, dtype) for argument in args)
+
+    def _as(self, argument: Argument, dtype: torch.dtype) -> Argument:
+        if isinstance(argument, tuple):
+            return tuple(self._as(item, dtype) for item in argument)
+        fake = self.values[argument] if isinstance(argument, Ref) else None
+        if fake is None or not castable(fake, dtype):
+            return argument
+        symbol = Symbol("dtype", str(dtype).removeprefix("torch."))
+        overload = torch.ops.aten.to.dtype
+        result = overload(fake, dtype)
+        return self._add("to", str(overload), (argument, symbol), {}, result)
+
     def _fakes(self, argument: Any) -> Any:
         match argument:
             case Ref():
                 return self.values[argument]
             case tuple():
                 return tuple(self._fakes(item) for item in argument)
+            case dict():
+                return {key: self._fakes(item) for key, item in argument.items()}
             case Symbol(kind="device"):
                 return torch.device("cpu")
             case Symbol():
@@ -430,12 +495,45 @@ def _written(node: fx.Node, overload: torch._ops.OpOverload) -> list[fx.Node]:
     """The arguments whose memory the operator's schema says it writes."""
     written = []
     for index, argument in enumerate(overload._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
+        if is_written(argument):
             value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
             if not isinstance(value, fx.Node):
                 raise CaptureError(f"in-place operator {overload} writes several tensors")
             written.append(value)
     return written
+
+
+def is_written(argument: Any) -> bool:
+    """Whether a schema says that an argument is written."""
+    return argument.alias_info is not None and bool(argument.alias_info.is_write)
+
+
+def functional_form(overload: torch._ops.OpOverload) -> tuple[str, frozenset[str]] | None:
+    """The operator that gives what this one writes, and which arguments it does not take."""
+    packet, _, variant = str(overload).removeprefix("aten.").partition(".")
+    if packet.endswith("_") and resolve_aten(op := f"aten.{packet[:-1]}.{variant}") is not None:
+        return op, frozenset()
+    outs = {a.name for a in overload._schema.arguments if a.kwarg_only and is_written(a)}
+    read = [(a.name, str(a.type)) for a in overload._schema.arguments if a.name not in outs]
+    for name in getattr(torch.ops.aten, packet).overloads() if outs else ():
+        other = getattr(getattr(torch.ops.aten, packet), name)
+        if [(a.name, str(a.type)) for a in other._schema.arguments] == read:
+            return str(other), frozenset(outs)
+    return None
+
+
+def located(error: CaptureError, node: fx.Node) -> CaptureError:
+    """The error with the line of the user's code that the call stands for."""
+    if getattr(error, "located", False):
+        return error
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    users = [(file, int(line)) for file, line in frames if is_users(file)]
+    found = CaptureError(f"{error}{at_line(users[-1] if users else None)}")
+    found.located = True  # type: ignore[attr-defined]
+    return found
+
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
 def tensor_type(value: Any) -> TensorType | None:

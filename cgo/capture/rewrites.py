@@ -133,10 +133,34 @@ def _instance_norm(to: Any, overload: Any, args: Sequence[Any], kwargs: Mapping[
 
 
 def _recurrent(to: Any, overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Layers with dropout between them as layers of their own, as ATen runs them."""
     named = bound(overload, args, kwargs)
-    if named.get("train") and named.get("dropout") and named.get("num_layers", 1) > 1:
+    layers, p = named.get("num_layers", 1), named.get("dropout")
+    if not named.get("train") or not p or layers == 1:
+        return KEEP
+    if overload._overloadname != "input":
         raise CaptureError(f"{overload} with dropout between its layers")
-    return KEEP
+    directions = 2 if named["bidirectional"] else 1
+    x = (
+        to.emit("aten.transpose.int", named["input"], 0, 1)
+        if named["batch_first"]
+        else named["input"]
+    )
+    several = isinstance(named["hx"], tuple)  # of an LSTM: hidden states and cells
+    states = named["hx"] if several else (named["hx"],)
+    own = len(named["params"]) // layers
+    ends: list[tuple[Any, ...]] = []
+    for layer in range(layers):
+        if layer:
+            x = to.emit("aten.mul.Tensor", x, to.draw("dropout", to.fake(x), p=float(p)))
+        rows = layer * directions, (layer + 1) * directions
+        begin = tuple(to.emit("aten.slice.Tensor", state, 0, *rows) for state in states)
+        params = named["params"][layer * own : (layer + 1) * own]
+        rest = (named["has_biases"], 1, 0.0, True, named["bidirectional"], False)
+        x, *end = to.emit(str(overload), x, begin if several else begin[0], params, *rest)
+        ends.append(tuple(end))
+    x = to.emit("aten.transpose.int", x, 0, 1) if named["batch_first"] else x
+    return (x, *(to.emit("aten.cat.default", state, 0) for state in zip(*ends)))
 
 
 def _like(distribution: str) -> Callable[..., Any]:
@@ -154,10 +178,51 @@ def _randint(to: Any, overload: Any, args: Sequence[Any], kwargs: Mapping[str, A
 
 
 def _bernoulli(to: Any, overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """With a tensor of probabilities: ATen draws a uniform number for each and compares."""
     named = bound(overload, args, kwargs)
-    if not isinstance(named.get("p"), float):
-        return None  # probabilities from a tensor: refused as random
-    return to.draw("bernoulli", torch.empty_like(to.fake(named["self"])), p=named["p"])
+    p, like = named.get("p"), to.fake(named["self"])
+    if isinstance(p, float):
+        return to.draw("bernoulli", torch.empty_like(like), p=p)
+    p = named["self"] if p is None else p
+    fake = to.fake(p)
+    noise = to.draw("uniform", fake if fake.shape == like.shape else fake.expand(like.shape))
+    drawn = to.emit("aten.lt.Tensor", noise, p)
+    return to.emit("aten.to.dtype", drawn, Symbol("dtype", str(like.dtype).removeprefix("torch.")))
+
+
+def _filled(distribution: str, **names: str) -> Callable[..., Any]:
+    """An operator that fills a tensor with draws; `names` are of its parameters, ours to ATen's."""
+
+    def rewrite(to: Any, overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        named = bound(overload, args, kwargs)
+        given = {own: float(named[its]) for own, its in names.items()}
+        return to.draw(distribution, to.fake(named["self"]), **given)
+
+    return rewrite
+
+
+def _random(to: Any, overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """`x.random_(low, high)`; without bounds ATen's range depends on the dtype."""
+    named = bound(overload, args, kwargs)
+    high = named.get("to")
+    if high is None:
+        return None
+    return to.draw("randint", to.fake(named["self"]), low=named.get("from") or 0, high=high)
+
+
+def _randperm(to: Any, overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    fake = overload(*to._fakes(tuple(args)), **to._fakes(dict(kwargs)))
+    return to.draw("randperm", fake) if fake.dtype is torch.int64 else None
+
+
+def _empty(zeros: str) -> Callable[..., Any]:
+    """Memory of no known content becomes zeros: what is computed of it is then known, too."""
+
+    def rewrite(to: Any, overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        kept = {k: v for k, v in kwargs.items() if k != "memory_format" or zeros == "zeros_like"}
+        return to.emit(f"aten.{zeros}.default", *args, **kept)
+
+    return rewrite
 
 
 #: Rewrites by operator name without overload and trailing underscore.
@@ -179,4 +244,15 @@ REWRITES: dict[str, Callable[..., Any]] = {
     "randint": _randint,
     "randint_like": _randint,
     "bernoulli": _bernoulli,
+    "uniform": _filled("uniform", low="from", high="to"),
+    "normal": _filled("normal", mean="mean", std="std"),
+    "exponential": _filled("exponential", rate="lambd"),
+    "log_normal": _filled("log_normal", mean="mean", std="std"),
+    "cauchy": _filled("cauchy", median="median", scale="sigma"),
+    "geometric": _filled("geometric", p="p"),
+    "random": _random,
+    "empty": _empty("zeros"),
+    "new_empty": _empty("new_zeros"),
+    "empty_like": _empty("zeros_like"),
+    "randperm": _randperm,
 }

@@ -1,0 +1,77 @@
+"""What stands in for parts of torch while a module is exported.
+
+Some of torch's own modules look at values where they need not, which no export survives: whether a
+mask is the causal one, how many batches were seen. Their stand-ins compute the same from tensors.
+Every capture is compared with the module as it is, so a stand-in that did not would be found out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules import transformer
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@contextlib.contextmanager
+def stand_ins(probe: nn.Module) -> Iterator[None]:
+    """Put stand-ins in place for a block.
+
+    Args:
+        probe: The module, or a copy of it that nobody else uses: it keeps its stand-ins.
+    """
+    for part in probe.modules():
+        if isinstance(part, _BatchNorm) and part.momentum is None and part.track_running_stats:
+            part.forward = types.MethodType(_cumulative_norm, part)  # type: ignore[method-assign]
+    plain, owner = Tensor.data, threading.get_ident()
+
+    def data(tensor: Tensor) -> Tensor:
+        if threading.get_ident() == owner:
+            return tensor.detach()
+        return plain.__get__(tensor)  # type: ignore[attr-defined,no-any-return]
+
+    fast = torch.backends.mha.get_fastpath_enabled()
+    detect = getattr(transformer, "_detect_is_causal_mask", None)
+    try:
+        # The fast path of attention in evaluation mode is one operator that nothing can merge.
+        torch.backends.mha.set_fastpath_enabled(False)
+        if detect is not None:
+            transformer._detect_is_causal_mask = _said_to_be_causal
+        # What is written through `.data` escapes an export; through `detach()` it does not.
+        torch.Tensor.data = property(data, plain.__set__)  # type: ignore[assignment,attr-defined]
+        yield
+    finally:
+        del torch.Tensor.data
+        torch.backends.mha.set_fastpath_enabled(fast)
+        if detect is not None:
+            transformer._detect_is_causal_mask = detect
+
+
+def _said_to_be_causal(
+    mask: Tensor | None, is_causal: bool | None = None, size: int | None = None
+) -> bool:
+    """Whether the caller says so; a mask is used as it is, which gives the same."""
+    return is_causal is True
+
+
+def _cumulative_norm(self: Any, input: Tensor) -> Tensor:
+    """Batch norm with `momentum=None`: running statistics are plain means over all batches."""
+    self._check_input_dim(input)
+    if not self.training:
+        mean, var = self.running_mean, self.running_var
+        return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+    dims = [0, *range(2, input.dim())]
+    with torch.no_grad():
+        self.num_batches_tracked.add_(1)
+        share = self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()
+        seen = (input.mean(dims), input.var(dims, unbiased=True))
+        for running, new in zip((self.running_mean, self.running_var), seen):
+            running.mul_(1 - share).add_(new * share)
+    return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
