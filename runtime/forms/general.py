@@ -70,6 +70,8 @@ def _trace(emitter: Emitter, group: Group, overload: Any) -> _Traced | str:
             examples = [_example(c.type, c.shared, group.size, emitter.device) for c in columns]
             several = torch.vmap(alone, tuple(None if c.shared else 0 for c in columns))
             module = make_fx(several)(*(example.contiguous() for example in examples))
+        if not _agrees(several, alone, columns, emitter.device):
+            return "torch.vmap gives other values or gradients than its members"
     except Exception as error:
         return f"torch.vmap cannot batch it: {str(error).partition(chr(10))[0][:160]}"
     forward: _Traced = type(module).forward
@@ -105,6 +107,62 @@ def _filled(emitter: Emitter, value: Any, tensors: Iterator[Tensor]) -> Any:
 def _example(type_: TensorType, shared: bool, size: int, device: torch.device) -> Tensor:
     shape = type_.shape if shared else (size, *type_.shape)
     return torch.empty(shape, dtype=getattr(torch, type_.dtype), device=device)
+
+
+#: Members that a batching rule is compared on.
+_COMPARED = 2
+
+
+def _agrees(
+    several: Callable[..., tuple[Tensor, ...]],
+    alone: Callable[..., tuple[Tensor, ...]],
+    columns: Sequence[Column],
+    device: torch.device,
+) -> bool:
+    """Whether torch's batching rule gives what two members give, and their gradients.
+
+    Not all do: that of `select_scatter` (torch 2.13) multiplies the gradient of what is put in
+    place by the size of the dimension.
+    """
+    draw = torch.Generator().manual_seed(0)
+    values = [_value(c, draw).to(device).requires_grad_(_learns(c)) for c in columns]
+    members = [
+        [value if c.shared else value[lane] for c, value in zip(columns, values)]
+        for lane in range(_COMPARED)
+    ]
+    apart = [torch.stack(parts) for parts in zip(*(alone(*member) for member in members))]
+    return all(
+        torch.allclose(one, other, rtol=_CLOSE, atol=_CLOSE, equal_nan=True)
+        for one, other in zip(_with_gradients(several(*values), values),
+                              _with_gradients(apart, values))
+    )  # fmt: skip
+
+
+#: Relative difference allowed of numbers around one, in whatever precision they are.
+_CLOSE = 1e-2
+
+
+def _value(column: Column, draw: torch.Generator) -> Tensor:
+    shape = column.shape if column.shared else (_COMPARED, *column.shape)
+    dtype = getattr(torch, column.type.dtype)
+    if not dtype.is_floating_point:  # as an index it has to be there
+        return torch.zeros(shape, dtype=dtype)
+    return (torch.rand(shape, generator=draw) + 0.1).to(dtype)
+
+
+def _learns(column: Column) -> bool:
+    return bool(getattr(torch, column.type.dtype).is_floating_point)
+
+
+def _with_gradients(results: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+    """The results, and the gradients of a weighted sum of them."""
+    learning = [value for value in values if value.requires_grad]
+    reached = [result for result in results if result.requires_grad]
+    if not learning or not reached:
+        return [result.detach() for result in results]
+    weights = [torch.linspace(0.5, 1.5, r.numel()).view(r.shape).to(r) for r in reached]
+    gradients = torch.autograd.grad(reached, learning, weights, allow_unused=True)
+    return [*(r.detach() for r in results), *(g for g in gradients if g is not None)]
 
 
 @contextmanager

@@ -76,6 +76,24 @@ def part(emitter: Emitter, group: Group) -> Sequence[Packed] | None:
     return emitter.outputs(group, result, CHANNELS if channels else STACKED)
 
 
+@form("written part", "select_scatter slice_scatter diagonal_scatter", layouts="stacked")
+def written_part(emitter: Emitter, group: Group) -> Sequence[Packed] | None:
+    """Parts put in place along a dimension; torch's rule for `vmap` gets a gradient wrong."""
+    given = group.arguments
+    whole, new = given["self"], given["src"]
+    dims = {name: given[name] % whole.ndim + 1 for name in ("dim", "dim1", "dim2") if name in given}
+    overload = aten(group.nodes[0].op)
+    assert overload is not None
+    value = emitter.call(
+        overload,
+        emitter.stacked(whole),
+        emitter.stacked(new),
+        **emitter.literals(group, *dims),
+        **dims,
+    )
+    return [Packed(value, STACKED)]
+
+
 @form("concatenation", "cat concat concatenate", layouts="either")
 def concatenation(emitter: Emitter, group: Group) -> Sequence[Packed] | None:
     """Members' tensors end to end within their lanes."""
