@@ -90,6 +90,7 @@ class ModelEntry:
     factory: Factory | None = None
     weights: FileRef | None = None
     opaque: str | None = None  # why it is not captured; its factory's module is called instead
+    begun: FileRef | None = None  # what the first call of the factory's module sets up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +171,7 @@ class GraphData:
             WeightsHashError: a file has another content.
         """
         references = {f"weights of model {model.id!r}": model.weights for model in self.models}
+        references |= {f"first call of model {model.id!r}": model.begun for model in self.models}
         references["constants"] = self.constants
         for what, reference in references.items():
             if reference is None:
@@ -512,6 +514,8 @@ def _check_model(model: ModelEntry, data: GraphData) -> None:
         raise GraphDataError(f"model {model.id!r}: an opaque model needs a factory")
     if model.weights is not None:
         _check_beside(f"weights of model {model.id!r}", model.weights)
+    if model.begun is not None:
+        _check_beside(f"first call of model {model.id!r}", model.begun)
     if model.factory is not None and not is_import_path(model.factory.target):
         raise GraphDataError(
             f"model {model.id!r}: factory {model.factory.target!r} is not of the form "

@@ -233,6 +233,9 @@ class Planner:
             if item.state is not None:
                 file = _write_tensors(folder, f"start/{entry.id}.safetensors", item.state)
                 entry = replace(entry, weights=file)
+            if item.begun is not None:
+                file = _write_tensors(folder, f"start/{entry.id}.begun.safetensors", item.begun)
+                entry = replace(entry, begun=file)
             entries.append(entry)
             constants |= item.constants
         data = GraphData(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from cgo import weights
 from cgo.errors import ModelError
@@ -96,6 +98,8 @@ class ModelState:
             self.module, self.random = build_module(
                 factory.target, dict(factory.kwargs), entry.seed, precision
             )
+            if entry.begun is not None:
+                self._begin(weights.load(data.base / entry.begun.file))
             self.module.to(device)
             self.tensors = _module_tensors(self.module)
             self._check_shapes()
@@ -108,6 +112,14 @@ class ModelState:
             self.generator.set_state(self.random.torch_state)
         else:
             self.generator.manual_seed(entry.seed)
+
+    def _begin(self, stored: dict[str, Tensor]) -> None:
+        """Give the module what its first call sets up, and its stream the place after that call."""
+        assert self.module is not None
+        persistent = {entry.path: entry.persistent for entry in self.entry.state}
+        self.random.torch_state = stored.pop(STREAM, self.random.torch_state)
+        for path, tensor in stored.items():
+            put_tensor(self.module, path, tensor, persistent=persistent.get(path, True))
 
     def _loaded(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
@@ -149,26 +161,106 @@ class ModelState:
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What the module's own `state_dict` would hold, and the aliases among it."""
+        if self.entry.opaque is not None:
+            return self._saved()
         kept = [entry for entry in self.entry.state if entry.persistent]
         tensors = {e.path: self.tensors[e.path] for e in kept if e.alias_of is None}
         return tensors, {e.path: e.alias_of for e in kept if e.alias_of is not None}
 
+    def _saved(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Of a module that is called: it may bind buffers anew, and register others."""
+        assert self.module is not None
+        first: dict[int, str] = {}
+        tensors: dict[str, Tensor] = {}
+        aliases: dict[str, str] = {}
+        for path, tensor in self.module.state_dict(keep_vars=True).items():
+            if not isinstance(tensor, Tensor):
+                continue
+            if (twin := first.setdefault(id(tensor), path)) == path:
+                tensors[path] = tensor
+            else:
+                aliases[path] = twin
+        return tensors, aliases
+
     def dump(self) -> dict[str, Any]:
         """Everything a checkpoint needs, as tensors and plain values."""
-        own = [entry.path for entry in self.entry.state if entry.alias_of is None]
+        if self.entry.opaque is not None and self.module is not None:
+            self.tensors = _module_tensors(self.module)
+        own = {id(tensor): path for path, tensor in reversed(self.tensors.items())}
         return {
-            "tensors": {path: self.tensors[path].detach().clone() for path in own},
+            "tensors": {path: self.tensors[path].detach().clone() for path in own.values()},
+            "attributes": self._attributes(),
             "generator": self.generator.get_state(),
             "random": self.random.dump(),
         }
 
+    def _attributes(self) -> dict[str, dict[str, Any]]:
+        """Plain values that a module which is called keeps, by path of its part and name."""
+        if self.entry.opaque is None or self.module is None:
+            return {}
+        return {path: plain_attributes(part) for path, part in self.module.named_modules()}
+
     def load(self, values: dict[str, Any]) -> None:
         """Go back to what `dump` gave."""
-        with torch.no_grad():
+        if self.entry.opaque is not None and self.module is not None:
             for path, tensor in values["tensors"].items():
-                self.tensors[path].copy_(tensor)
+                put_tensor(self.module, path, tensor.to(self.device), persistent=True)
+            for path, attributes in values.get("attributes", {}).items():
+                vars(self.module.get_submodule(path)).update(attributes)
+            self.tensors = _module_tensors(self.module)
+        else:
+            with torch.no_grad():
+                for path, tensor in values["tensors"].items():
+                    self.tensors[path].copy_(tensor)
         self.generator.set_state(values["generator"])
         self.random = RandomState.load(values["random"])
+
+
+#: Attributes that every module has.
+_EVERY_MODULES = frozenset(vars(nn.Module()))
+
+
+def plain_attributes(part: nn.Module) -> dict[str, Any]:
+    """Attributes of a module that are plain values, such as what it counts; not its modes."""
+    found = {name: value for name, value in vars(part).items() if name not in _EVERY_MODULES}
+    return {name: copy.deepcopy(value) for name, value in found.items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, (*value, *value.values())))
+    return value is None or type(value) in (bool, int, float, str)
+
+
+#: The name of torch's random stream among the tensors of a first call.
+STREAM = "cgo.stream"
+
+
+def put_tensor(module: nn.Module, path: str, tensor: Tensor, *, persistent: bool) -> None:
+    """Give a module a parameter's or buffer's value; lazy and missing ones are made.
+
+    Args:
+        module: Changed in place.
+        path: Of the tensor; a name that is neither is registered as a buffer.
+        tensor: The value; a parameter is copied into, a buffer replaced.
+        persistent: Whether `state_dict` is to hold a new buffer.
+    """
+    prefix, _, name = path.rpartition(".")
+    part = module.get_submodule(prefix)
+    parameter = part._parameters.get(name)
+    if parameter is not None:
+        if is_lazy(parameter):
+            parameter.materialize(tensor.shape)  # type: ignore[attr-defined]
+        with torch.no_grad():
+            parameter.copy_(tensor)
+    elif name in part._buffers:
+        part._buffers[name] = tensor
+    else:
+        if hasattr(part, name):  # a placeholder, such as None
+            delattr(part, name)
+        part.register_buffer(name, tensor, persistent=persistent)
 
 
 def _module_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -76,6 +76,26 @@ def test_writing_the_input_becomes_functional(capturer):
     assert "%mul_ = aten.mul.Tensor(%input, 2) : f32[16, 6] {m}" in lines
 
 
+def test_writing_a_view_puts_the_part_back_and_reads_the_whole(capturer):
+    body = text(rewrite(capturer, "write_view")).splitlines()[4:8]
+    assert (
+        "\n".join(body)
+        == dedent("""\
+        %slice_1 = aten.slice.Tensor(%input, 1, 0, 2) : f32[16, 2]@[6, 1] {m}
+        %add_ = aten.add.Tensor(%slice_1, 1) : f32[16, 2] {m}
+        %slice_scatter = aten.slice_scatter.default(%input, %add_, 1, 0, 2, 1) : f32[16, 6] {m}
+        %linear = aten.linear.default(%slice_scatter, %m/body.weight, %m/body.bias) : f32[16, 3] {m}""")
+    )
+
+
+def test_a_weight_that_is_written_is_an_update_that_keeps_its_gradient(capturer):
+    captured = rewrite(capturer, "write_weight")
+    lines = text(captured).splitlines()
+    assert "%sub = aten.sub.Tensor(%m/body.weight, %detach_1) : f32[3, 6] {m}" in lines
+    assert "m train/16 update body.weight <- %add" in lines
+    assert "m validation/12 update body.weight <- " in text(captured, "validation/12")
+
+
 def test_a_counter_buffer_is_an_explicit_update(capturer):
     captured = rewrite(capturer, "count")
     lines = text(captured).splitlines()
@@ -116,8 +136,8 @@ def test_the_nodes_that_run_under_autocast_are_marked(capturer, precision):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("write_view", "shares"),
-        ("multinomial", "draws random numbers in a way of its own"),
+        ("write_strided", "a write through aten.as_strided.default, a view that cannot be undone"),
+        ("multinomial", "draws random numbers in a way of its own, at small.py:"),
     ],
 )
 def test_what_cannot_be_rewritten_is_opaque_with_its_reason(capturer, kind, reason):

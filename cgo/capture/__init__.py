@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
-import io
 import logging
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -19,14 +16,18 @@ from torch.export import ExportedProgram
 from cgo.capture.bind import bind
 from cgo.capture.convert import Program, convert
 from cgo.capture.evaluation import in_evaluation_mode
+from cgo.capture.export import at_line, export, quiet, reason_of, source_of
+from cgo.capture.first_call import lazy, materialise, registered
+from cgo.capture.lightning import refuse_ignored_training
+from cgo.capture.python_state import Watched
 from cgo.capture.validate import program_graph, validate
 from cgo.errors import CaptureError, ModelError, SpecError
 from cgo.graph import Graph, dump
 from cgo.graph_data import Factory, ModelEntry, StateEntry
-from cgo.model import DataSpec, Model, TrainingSpec, as_json, digest_of
+from cgo.model import DataSpec, Model, TrainingSpec, as_json, digest_of, loss_function
 from cgo.runtime.data import Leaves, Loader, open_data, preserved_random_state
 from cgo.runtime.optimizers import Updater
-from cgo.runtime.state import build_module
+from cgo.runtime.state import RandomState, build_module
 from cgo.runtime.step import Step, autocast, eval_mode
 from cgo.weights import tensor_hash
 
@@ -73,6 +74,7 @@ class Captured:
     constants: Mapping[str, Tensor] = field(default_factory=dict)
     state: Mapping[str, Tensor] | None = None
     digest: str = ""  # of an instance: equal for equal graphs and starting state
+    begun: Mapping[str, Tensor] | None = None  # what a factory's module has after its first call
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,15 @@ class Capturer:
         Raises:
             ModelError: the model cannot be built or run at all, even eagerly.
         """
-        module, from_factory = self._module(model)
+        module, random = self._module(model)
+        refuse_ignored_training(model.model_id, module)
+        with Watched(module, (loss_function(model.training.loss),)).preserved():
+            return self._captured(model, module, random, examples)
+
+    def _captured(
+        self, model: Model, module: nn.Module, random: RandomState | None, examples: Examples
+    ) -> Captured:
+        begun = _begin(model, module, random, next(iter(examples.batches.values())))
         try:
             Updater(model.training, list(module.parameters()))
         except ModelError as error:
@@ -109,37 +119,37 @@ class Capturer:
             data=model.data.digest,
             training=model.training,
             state=state,
-            factory=Factory(str(model.module), model.kwargs) if from_factory else None,
+            factory=None if random is None else Factory(str(model.module), model.kwargs),
         )
         found = self._template(model, module, examples)
         if isinstance(found, str):
-            if not from_factory:
+            if random is None:
                 raise ModelError(
                     f"model {model.model_id!r}: this nn.Module instance cannot be captured "
                     f"({found}), so it cannot be sent to a trial; give a factory "
                     "('package.module:callable' with kwargs) instead"
                 )
-            return Captured(replace(entry, opaque=found), None)
+            return Captured(replace(entry, opaque=found), None, begun=begun)
         constants: dict[str, Tensor] = {}
         for program in found.programs.values():
             constants |= program.constants
         graph = bind(found.programs, model, module)
-        if from_factory:
-            return Captured(entry, graph, constants)
+        if random is not None:
+            return Captured(entry, graph, constants, begun=begun)
         tensors = _tensors(module, state)
         return Captured(entry, graph, constants, tensors, found.digest(tensors))
 
-    def _module(self, model: Model) -> tuple[nn.Module, bool]:
+    def _module(self, model: Model) -> tuple[nn.Module, RandomState | None]:
+        """The module, and the random streams after its factory; None of an instance."""
         if isinstance(model.module, str):
             try:
-                module, _ = build_module(
+                return build_module(
                     model.module, copy.deepcopy(model.kwargs), model.seed, model.training.precision
                 )
             except (ModelError, SpecError) as error:
                 raise ModelError(f"model {model.model_id!r}: {error}") from error
-            return module, True
         module = copy.deepcopy(model.module)
-        return (module.double() if model.training.precision == "float64" else module), False
+        return (module.double() if model.training.precision == "float64" else module), None
 
     def _template(self, model: Model, module: nn.Module, examples: Examples) -> _Template | str:
         key = _structure(model, module, examples)
@@ -165,13 +175,18 @@ class Capturer:
         programs: dict[str, Program] = {}
         exports: dict[str, ExportedProgram] = {}
         try:
-            for name, leaves in examples.batches.items():
-                programs[name] = _program(module, model.training, name, leaves, exports)
+            with quiet():
+                for name, leaves in examples.batches.items():
+                    programs[name] = _program(module, model.training, name, leaves, exports)
         except CaptureError as error:
             return str(error)
         except Exception as error:  # whatever a module can raise while it is traced or compared
-            return f"{type(error).__name__}: {_first_line(error)}"
+            return reason_of(error)
         return _Template(programs)
+
+
+#: Runs of a validation; a guess has to hold at two states where nothing coincides.
+_CHECK, _PROOF = (0, 1), (0, 1, 2)
 
 
 def _program(
@@ -191,64 +206,47 @@ def _program(
     converted = functools.partial(
         convert, leaves=leaves, strip="module.", autocast_dtype=training.autocast_dtype
     )
-    if split not in exports and "train" in exports:
+    guessed = split not in exports and "train" in exports
+    if guessed:
         exports[split] = in_evaluation_mode(exports["train"])
     if split in exports:
         try:
             program = converted(exports[split])
-            validate(program, name, module, training, leaves)
+            seeds = _PROOF if guessed else _CHECK
+            validate(program, name, module, training, leaves, seeds=seeds, proven=guessed)
             return program
         except Exception as error:
             log.debug("%s is exported by itself: %s", name, error)
-    exports[split] = _export(module, training, name, leaves)
+    exports[split] = export(module, training, name, leaves)
     program = converted(exports[split])
     validate(program, name, module, training, leaves)
     return program
 
 
-def _export(
-    module: nn.Module, training: TrainingSpec, name: str, leaves: Leaves
-) -> ExportedProgram:
-    evaluation = name.startswith("validation")
-    probe = copy.deepcopy(module)
-    step = Step(probe, training, tuple(leaves))
-    fast = torch.backends.mha.get_fastpath_enabled()
-    with preserved_random_state(), _quiet():
-        try:
-            # The fast path of attention in evaluation mode is one operator that nothing can merge.
-            torch.backends.mha.set_fastpath_enabled(False)
-            if evaluation:
-                with torch.no_grad(), eval_mode(step):
-                    return torch.export.export(step, tuple(leaves.values()), strict=False)
-            return torch.export.export(step, tuple(leaves.values()), strict=False)
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what export prints about a module it cannot capture off the terminal.
-
-    The reason is in the exception, and so in the model's report; the graphs go to the debug log.
-    """
-    chatty = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    level, printed = chatty.level, io.StringIO()
-    chatty.setLevel(logging.CRITICAL)
+def _begin(
+    model: Model, module: nn.Module, random: RandomState | None, leaves: Leaves
+) -> Mapping[str, Tensor] | None:
+    """Set up what the module's first call does; gives what a trial needs to do the same."""
+    if random is None:
+        if paths := lazy(module):
+            raise ModelError(
+                f"model {model.model_id!r}: this nn.Module instance has lazy parameters "
+                f"({', '.join(paths[:3])}); call it once before it is submitted, or give a factory "
+                "('package.module:callable' with kwargs)"
+            )
+        return None
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(printed):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        chatty.setLevel(level)
-        if printed.getvalue():
-            log.debug("torch.export printed:\n%s", printed.getvalue())
+        if lazy(module):
+            return materialise(module, model.training, leaves, random)
+        return registered(module, model.training, leaves, model.seed)
+    except Exception as error:
+        raise ModelError(_raised(model, leaves, error)) from error
 
 
 def _run_eagerly(model: Model, module: nn.Module, name: str, leaves: Leaves) -> None:
     """Find out whether the model runs at all; what fails here fails training alone as well."""
     probe = copy.deepcopy(module)
     step = Step(probe, model.training, tuple(leaves))
-    shapes = ", ".join(f"{key} {list(leaf.shape)}" for key, leaf in leaves.items())
     try:
         with preserved_random_state(), autocast(model.training, "cpu"):
             torch.manual_seed(model.seed)
@@ -258,20 +256,27 @@ def _run_eagerly(model: Model, module: nn.Module, name: str, leaves: Leaves) -> 
             else:
                 loss, _ = step(*(leaf.clone() for leaf in leaves.values()))
     except Exception as error:
-        raise ModelError(
-            f"model {model.model_id!r}: a batch ({shapes}) through the module and its loss "
-            f"{model.training.loss} raised {type(error).__name__}: {error}"
-        ) from error
+        raise ModelError(_raised(model, leaves, error)) from error
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ModelError(
             f"model {model.model_id!r}: loss {model.training.loss} must return a scalar tensor, "
             f"it returned {list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__}"
         )
+    if name.startswith("train") and not loss.requires_grad:
+        raise ModelError(
+            f"model {model.model_id!r}: its loss carries no gradient, so training would change "
+            "nothing: backward() would raise 'element 0 of tensors does not require grad'. Look "
+            "for a detach(), a no_grad(), an argmax or .item() between parameters and loss, or for "
+            "parameters that are all frozen"
+        )
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else "no message"
+def _raised(model: Model, leaves: Leaves, error: Exception) -> str:
+    shapes = ", ".join(f"{key} {list(leaf.shape)}" for key, leaf in leaves.items())
+    return (
+        f"model {model.model_id!r}: a batch ({shapes}) through the module and its loss "
+        f"{model.training.loss} raised {type(error).__name__}: {error}{at_line(source_of(error))}"
+    )
 
 
 def _printed(module: nn.Module) -> str:

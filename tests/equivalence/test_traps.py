@@ -22,16 +22,16 @@ CAPTURED = (
     "noise",
     "idle_noise",
     "strided_norm",
+    "momentum_none",
+    "write_view",
+    "autocast",
 )
 OPAQUE = {
     "straight_through": "the gradient of enter.weight",
     "python_random": "the loss by",
     "numpy_random": "the loss by",
-    "python_counter": "the loss by",
-    "momentum_none": "data-dependent",
+    "python_counter": "attribute `calls` of the module",
     "control_flow": "data-dependent",
-    "write_view": "shares",
-    "autocast": "wrap_with_autocast",
     "multinomial": "draws random numbers",
     "unread_dropout": "the loss by",  # export drops it, and the next mask is another
 }

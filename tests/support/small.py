@@ -164,6 +164,15 @@ class Rewrites(nn.Module):
         x[:, :2].add_(1)
         return self.body(x)
 
+    def _write_strided(self, x):
+        x.as_strided((3,), (7,)).add_(1)
+        return self.body(x)
+
+    def _write_weight(self, x):
+        with torch.no_grad():
+            self.body.weight.clamp_(-0.1, 0.1)
+        return self.body(x)
+
     def _count(self, x):
         self.count += 1
         return self.body(x) / self.count
