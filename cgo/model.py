@@ -8,6 +8,7 @@ import inspect
 import json
 import re
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal
@@ -375,10 +376,12 @@ class Model:
         data: Where its batches come from.
         training: How it is trained.
         seed: Seed of its initial weights and of its random stream.
-        model_id: Unique within an experiment; letters, digits, `_`, `.` and `-`.
+        model_id: Unique within an experiment; letters, digits, `_`, `.` and `-`. Unset, it follows
+            from the other arguments, and from how many equal models this process has made before:
+            a script that is run again names its models as before.
 
     Attributes:
-        model_id: The id given, or a new one.
+        model_id: The id given, or one made of the content.
         status: A `ModelStatus`.
         metric: The last epoch's first metric on validation data; None until trained.
         intermediate_metrics: That metric, epoch by epoch.
@@ -408,17 +411,18 @@ class Model:
             )
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise SpecError(f"Model: seed: expected an integer from 0 below 2**63, got {seed!r}")
-        model_id = uuid.uuid4().hex[:12] if model_id is None else model_id
-        if not isinstance(model_id, str) or not MODEL_ID.match(model_id):
-            raise SpecError(
-                f"Model: model_id: {model_id!r} must be 1 to 100 letters, digits, '_', '.' or '-'"
-            )
-        self.model_id = model_id
         self.module = _checked_module(module, kwargs)
         try:
             self.kwargs: dict[str, Any] = canonical_json(dict(kwargs or {}), what="kwargs")
         except ValueError as error:
             raise SpecError(f"Model: {error}") from error
+        if model_id is None:
+            model_id = _fresh_id(self.module, self.kwargs, data, training, seed)
+        if not isinstance(model_id, str) or not MODEL_ID.match(model_id):
+            raise SpecError(
+                f"Model: model_id: {model_id!r} must be 1 to 100 letters, digits, '_', '.' or '-'"
+            )
+        self.model_id = model_id
         self.data = data
         self.training = training
         self.seed = seed
@@ -452,6 +456,29 @@ class Model:
         name = self.module if isinstance(self.module, str) else type(self.module).__name__
         status = self.status.value
         return f"Model({name!r}, model_id={self.model_id!r}, {status}, metric={self.metric})"
+
+
+#: How many models of a content this process has made without an id.
+_MADE: Counter[str] = Counter()
+
+
+def _fresh_id(
+    module: str | nn.Module,
+    kwargs: Mapping[str, Any],
+    data: DataSpec,
+    training: TrainingSpec,
+    seed: int,
+) -> str:
+    """An id that the same script gives again.
+
+    Models are merged in the order of their ids, and what is computed must not depend on chance.
+    An instance's weights may be another search's, so its id is new all the same.
+    """
+    name = module if isinstance(module, str) else type(module).__qualname__
+    content = digest_of([name, kwargs, as_json(data), as_json(training), seed])[:12]
+    _MADE[content] += 1
+    number = f"-{_MADE[content]}" if _MADE[content] > 1 else ""
+    return f"{content}{number}" + ("" if isinstance(module, str) else f"-{uuid.uuid4().hex[:8]}")
 
 
 def _checked_module(module: Any, kwargs: Mapping[str, Any] | None) -> str | nn.Module:

@@ -25,6 +25,8 @@ class Tuning:
         share: Of the planned training: measuring may take that much, if it is longer.
         record: A trial's `lowering.json`: choose as that trial did, which gives the same bits on
             the same device. A trial of other models, or on another device, chooses anew.
+        anew: Measure and choose anew where an equal search has chosen on this device before, whose
+            choices are taken otherwise, so that the same search gives the same bits again.
         layout: Execute every group so, as far as its operator can: "lanes" (one by one), "stacked"
             or "channels". For tests and measurements.
         width: Execute so many members of a group at once, at most. For tests and measurements.
@@ -62,6 +64,7 @@ class Tuning:
     most_s: float = 10.0
     share: float = 0.02
     record: str | None = None
+    anew: bool = False
     layout: str | None = None
     width: int | None = None
     tape: bool | None = None

@@ -13,7 +13,7 @@ import math
 import operator
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ class Compiler:
     Args:
         wanted: True: all; False: none; None: those that the planned steps repay.
         steps: Planned.
-        known: Earlier decisions, by the step's name; they are followed.
+        known: Tells the earlier decision on a step, by its name, which is followed; None: none.
         settled: Hears of each decision.
         tell: Hears what each compilation took and gained, as JSON values.
         accelerator: Times steps as captured; None: as they are called.
@@ -60,7 +60,7 @@ class Compiler:
 
     wanted: bool | None
     steps: int
-    known: Mapping[str, bool]
+    known: Callable[[str], bool | None]
     settled: Callable[[str, bool], None]
     tell: Callable[..., None] = lambda what, **figures: None
     accelerator: Accelerator | None = None
@@ -76,7 +76,7 @@ class Compiler:
             replay: By the interpreter.
             inputs: Of one step. Tensors that it writes are written, several times.
         """
-        known = self.known.get(name)
+        known = self.known(name)
         if known is None and self.wanted is None and not self._repays(tape, replay, inputs):
             known = False
         if known is False or self.wanted is False:

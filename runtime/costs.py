@@ -89,6 +89,7 @@ class CostTable:
         self._rows: dict[tuple[str, str, str, int], tuple[int, float]] = {}
         self._sizes: dict[tuple[str, str, int], dict[int, float]] = defaultdict(dict)
         self._file: sqlite3.Connection | None = None
+        self._remembered: dict[str, Any] = {}  # of this process
         self._foreign: dict[tuple[str, str, str, int], float] = {}
         if shipped:
             self._ship(*_shipped(device))
@@ -115,6 +116,10 @@ class CostTable:
                 "CREATE TABLE IF NOT EXISTS costs (device TEXT, family TEXT, sizes TEXT, "
                 "elements INTEGER, way TEXT, width INTEGER, seconds REAL, "
                 "PRIMARY KEY (device, family, sizes, way, width))"
+            )
+            self._file.execute(
+                "CREATE TABLE IF NOT EXISTS choices (device TEXT, key TEXT, value TEXT, "
+                "PRIMARY KEY (device, key))"
             )
             rows = self._file.execute(
                 "SELECT family, sizes, elements, way, width, seconds FROM costs WHERE device = ?",
@@ -148,6 +153,23 @@ class CostTable:
         """The measured seconds."""
         found = self._rows.get((signature.family, signature.sizes, way, width))
         return None if found is None else found[1]
+
+    def remember(self, key: str, value: Any) -> None:
+        """Keep JSON values that were decided by these costs."""
+        self._remembered[key] = value
+        if self._file is not None:
+            with self._file:
+                row = (self.key, key, json.dumps(value))
+                self._file.execute("INSERT OR REPLACE INTO choices VALUES (?, ?, ?)", row)
+
+    def recall(self, key: str) -> Any:
+        """What was kept, by this process or one before; None where nothing was."""
+        if key not in self._remembered and self._file is not None:
+            asked = "SELECT value FROM choices WHERE device = ? AND key = ?"
+            row = self._file.execute(asked, (self.key, key)).fetchone()
+            if row is not None:
+                self._remembered[key] = json.loads(row[0])
+        return self._remembered.get(key)
 
     def near(self, signature: Signature, way: str, width: int) -> float | None:
         """Another device's, or interpolated between sizes, in logarithms; beyond in proportion."""

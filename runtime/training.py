@@ -22,7 +22,8 @@ from cgo.runtime.device_lanes import Observer
 from cgo.runtime.member import Member, Report
 from cgo.runtime.placing import place_models
 from cgo.runtime.precision import tf32
-from cgo.runtime.tuning import Record, make_tuner
+from cgo.runtime.record import Record
+from cgo.runtime.tuning import make_tuner
 from cgo.tuning import Tuning
 
 #: The file of a trial's folder that holds its lowering choices.

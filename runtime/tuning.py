@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from cgo.errors import CgoError, TrialError
+from cgo.errors import CgoError
 from cgo.graph import Graph, ModelId, Node, Ref, bytes_of, inputs_of, is_training
 from cgo.passes.assign_layouts import Assignment, Option, assign_layouts
 from cgo.runtime.accelerator import FILLED, accelerator_for, free_memory
@@ -28,11 +25,11 @@ from cgo.runtime.costs import (
     Signature,
     Timer,
     default_path,
-    device_key,
     repacking,
 )
 from cgo.runtime.emitter import Types, operator_of, runs
 from cgo.runtime.forms import forms_of
+from cgo.runtime.record import Memory, Record
 from cgo.runtime.streams import Overlap
 from cgo.runtime.tape import Replay, Tape
 from cgo.tuning import CHANNELS, LANES, STACKED, Tuning
@@ -107,8 +104,10 @@ class Tuner:
         """Divide models into programs by rule, and decide each group of a training program."""
         rules = Rules() if self.tuning.forced else self.rules
         ruled = rules(graph, models)
-        found = None if self.record is None else self.record.find(ruled)
+        memory = Memory(self.table, ruled, self._asked(), anew=self.tuning.anew)
+        found = (None if self.record is None else self.record.find(ruled)) or memory.find()
         options, last = self._decide(ruled.graph) if found is None else found
+        memory.add(options, last)
         if self.record is not None:
             self.record.add(ruled, options, last)
         self.tell(
@@ -124,8 +123,8 @@ class Tuner:
         compiler = Compiler(
             None if self.tuning.compile is None else bool(self.tuning.compile),
             self.steps,
-            {} if self.record is None else self.record.compiled,
-            (lambda name, done: None) if self.record is None else self.record.settle,
+            memory.compiled(self.record),
+            memory.settling(self.record),
             self.tell,
             accelerator_for(self.device) if captured else None,
         )
@@ -143,6 +142,10 @@ class Tuner:
             limit_bytes=self._limit_bytes(),
             recompute=self.tuning.checkpoint,
         )
+
+    def _asked(self) -> list[Any]:
+        """What a choice depends on beside the graph: how long is trained, and the settings."""
+        return [self.steps, {k: v for k, v in self.tuning.as_json().items() if k != "anew"}]
 
     def _limit_bytes(self) -> float:
         if self.tuning.memory_bytes is not None:
@@ -278,80 +281,6 @@ def _first_of(*ways: Improve) -> Improve:
         return None
 
     return improve
-
-
-class Record:
-    """A trial's choices, in a file of its folder: a trial that goes on, or is repeated, finds them.
-
-    Args:
-        path: Where choices are written; what is there already is found.
-        given: Another trial's file, whose choices are found as well.
-        device: Choices of another device, version or number of threads are not found.
-
-    Raises:
-        TrialError: a file is no such record.
-    """
-
-    def __init__(self, path: Path, device: torch.device, given: str | None = None) -> None:
-        self._path, self._device = path, device_key(device)
-        self._choices: dict[str, dict[str, list[Any]]] = {}
-        self._last: dict[str, bool | None] = {}  # channels last in memory
-        self.compiled: dict[str, bool] = {}  # steps by name, and whether they were compiled
-        for source in (Path(given) if given else None, path if path.exists() else None):
-            if source is not None:
-                self._read(source)
-
-    def _read(self, path: Path) -> None:
-        try:
-            document = json.loads(path.read_text())
-            if document["device"] == self._device:
-                self._choices |= document["choices"]
-                self.compiled |= document.get("compiled", {})
-                self._last |= document.get("images_last", {})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise TrialError(
-                f"{path} is no record of lowering choices: {type(error).__name__}: {error}; give a "
-                "trial's lowering.json, or none"
-            ) from error
-
-    def find(self, ruled: Choice) -> tuple[dict[str, Option], bool | None] | None:
-        """What was chosen for this graph, divided so; and whether with channels last."""
-        found = self._choices.get(_key(ruled))
-        if found is None:
-            return None
-        options = {name: Option(*row) for name, row in found.items()}
-        return options, self._last.get(_key(ruled))
-
-    def add(self, ruled: Choice, options: Mapping[str, Option], last: bool | None) -> None:
-        """Keep a choice."""
-        rows = {name: [o.form, o.layout, o.width, o.seconds] for name, o in options.items()}
-        self._choices[_key(ruled)] = rows
-        self._last[_key(ruled)] = last
-        self._write()
-
-    def settle(self, step: str, compiled: bool) -> None:
-        """Keep whether a step is compiled."""
-        if self.compiled.get(step) is not compiled:
-            self.compiled[step] = compiled
-            self._write()
-
-    def _write(self) -> None:
-        document = {
-            "device": self._device,
-            "choices": self._choices,
-            "images_last": self._last,
-            "compiled": self.compiled,
-        }
-        partial = self._path.with_suffix(".part")
-        partial.write_text(json.dumps(document, indent=1) + "\n")
-        partial.replace(self._path)
-
-
-def _key(ruled: Choice) -> str:
-    """What a choice holds for: the graph with its groups, and its programs."""
-    nodes = [(node.name, node.op, node.group) for node in ruled.graph.nodes]
-    text = repr((nodes, ruled.programs))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 #: Rough costs of a training step, to plan with: seconds for a node, and for a byte that it gives.

@@ -84,7 +84,7 @@ def test_writing_a_view_puts_the_part_back_and_reads_the_whole(capturer):
         %slice_1 = aten.slice.Tensor(%input, 1, 0, 2) : f32[16, 2]@[6, 1] {m}
         %add_ = aten.add.Tensor(%slice_1, 1) : f32[16, 2] {m}
         %slice_scatter = aten.slice_scatter.default(%input, %add_, 1, 0, 2, 1) : f32[16, 6] {m}
-        %linear = aten.linear.default(%slice_scatter, %m/body.weight, %m/body.bias) : f32[16, 3] {m}""")
+        %linear = aten.linear.default(%slice_scatter, %m/body.weight, %m/body.bias) : f32[16, 3] {m}""")  # noqa: E501
     )
 
 

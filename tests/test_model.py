@@ -1,5 +1,8 @@
 """Specs and models."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -103,3 +106,26 @@ def test_best_follows_the_mode_and_skips_nan(mode, expected):
     for model, value in zip(models, (0.5, 0.9, 0.1, float("nan"))):
         model.metric = value
     assert cgo.best(models).metric == expected
+
+
+def test_ids_follow_from_content_and_order_in_every_process():
+    code = (
+        "import cgo; d = cgo.DataSpec('cgo.zoo:digits'); t = cgo.TrainingSpec()\n"
+        "make = lambda **k: cgo.Model('cgo.zoo:mlp', data=d, training=t, **k).model_id\n"
+        "print(make(), make(), make(seed=1))"
+    )
+    first, second = (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for _ in range(2)
+    )
+    assert first.stdout == second.stdout
+    one, again, other = first.stdout.split()
+    assert again == f"{one}-2"
+    assert other not in (one, again)
+
+
+def test_ids_of_instances_are_new():
+    data, training = cgo.DataSpec("cgo.zoo:digits"), cgo.TrainingSpec()
+    net = torch.nn.Linear(2, 2)
+    ids = {cgo.Model(net, data=data, training=training).model_id for _ in range(2)}
+    assert len(ids) == 2

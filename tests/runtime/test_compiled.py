@@ -36,7 +36,7 @@ def test_what_inductor_makes_computes_and_writes_the_same(tape):
 
 def compiler(wanted, steps=0, known=None):
     heard = {}
-    return Compiler(wanted, steps, known or {}, heard.__setitem__), heard
+    return Compiler(wanted, steps, (known or {}).get, heard.__setitem__), heard
 
 
 def test_a_decision_once_made_is_followed(tape):

@@ -12,7 +12,8 @@ from cgo.errors import TrialError
 from cgo.graph import Graph
 from cgo.runtime.choice import LOOP, Rules
 from cgo.runtime.costs import CostTable, repacking
-from cgo.runtime.tuning import Record, Tuner, make_tuner
+from cgo.runtime.record import Record
+from cgo.runtime.tuning import Tuner, make_tuner
 from cgo.tuning import Tuning
 
 CPU = torch.device("cpu")

@@ -1,0 +1,177 @@
+"""What was chosen before: in a trial's own folder, and for equal trials on this machine.
+
+Measured times differ from run to run, and so would the choices that are made of them, and the bits
+that they compute. So a choice is kept, with the table of costs, for the graph that it was made for:
+the same search, run again on the same device with the same versions, computes the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cgo.errors import TrialError
+from cgo.graph import Ref, inputs_of
+from cgo.passes.assign_layouts import Option
+from cgo.passes.sharing import argument_key
+from cgo.runtime.choice import Choice
+from cgo.runtime.costs import CostTable, device_key
+
+#: Options by group, and whether images have channels last.
+_Found = tuple[dict[str, Option], "bool | None"]
+
+
+class Memory:
+    """The choices for one graph, whatever its models are called, in the table of costs.
+
+    Args:
+        table: Where they are kept; of one device, version and number of threads.
+        ruled: The graph, and its programs.
+        asked: JSON values that a choice depends on as well.
+        anew: Find nothing, so that everything is measured and chosen again, and kept.
+    """
+
+    def __init__(self, table: CostTable, ruled: Choice, asked: Any, *, anew: bool = False) -> None:
+        self._table, self._anew = table, anew
+        form, self._numbers = _form(ruled)
+        self._key = _digest([form, asked])
+
+    def find(self) -> _Found | None:
+        """What was chosen for such a graph."""
+        found = None if self._anew else self._table.recall(self._key)
+        if found is None:
+            return None
+        return {name: Option(*row) for name, row in found["options"].items()}, found["last"]
+
+    def add(self, options: Mapping[str, Option], last: bool | None) -> None:
+        """Keep what was chosen."""
+        rows = {name: [o.form, o.layout, o.width, o.seconds] for name, o in options.items()}
+        self._table.remember(self._key, {"options": rows, "last": last})
+
+    def compiled(self, record: Record | None) -> Callable[[str], bool | None]:
+        """Tells whether a step was compiled: as the trial's own record has it, or as here."""
+
+        def known(step: str) -> bool | None:
+            if record is not None and step in record.compiled:
+                return record.compiled[step]
+            found = None if self._anew else self._table.recall(self._step(step))
+            return None if found is None else bool(found)
+
+        return known
+
+    def settling(self, record: Record | None) -> Callable[[str, bool], None]:
+        """Keeps whether a step is compiled, here and in the trial's record."""
+
+        def settle(step: str, compiled: bool) -> None:
+            self._table.remember(self._step(step), compiled)
+            if record is not None:
+                record.settle(step, compiled)
+
+        return settle
+
+    def _step(self, name: str) -> str:
+        program, _, ids = name.rpartition("/")
+        return _digest([self._key, program, [self._numbers.get(i, i) for i in ids.split(",")]])
+
+
+#: Keywords that say which model's or whose data something is, and not what has to be done.
+_NAMES = frozenset({"model", "twins", "content", "data"})
+
+
+def _form(ruled: Choice) -> tuple[list[Any], dict[str, int]]:
+    """A graph and its programs without the names of nodes and models; models by number."""
+    ids = sorted({model for program in ruled.programs for model in program})
+    numbers = {model: number for number, model in enumerate(ids)}
+    place = {node.name: index for index, node in enumerate(ruled.graph.nodes)}
+    rows: list[Any] = []
+    for node in ruled.graph.nodes:
+        refs: list[Ref] = []
+        kwargs = tuple((k, v) for k, v in node.kwargs if k not in _NAMES)
+        literals = argument_key(node.args, refs), argument_key(kwargs)
+        read = [(place[ref.name], ref.index) for ref in inputs_of(node)]
+        owners = sorted(numbers.get(owner, -1) for owner in node.owners)
+        rows.append((node.op, repr(literals), read, repr(node.types), node.group, owners,
+                     node.autocast))  # fmt: skip
+    return [rows, [[numbers[m] for m in program] for program in ruled.programs]], numbers
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+class Record:
+    """A trial's choices, in a file of its folder: a trial that goes on, or is repeated, finds them.
+
+    Args:
+        path: Where choices are written; what is there already is found.
+        given: Another trial's file, whose choices are found as well.
+        device: Choices of another device, version or number of threads are not found.
+
+    Raises:
+        TrialError: a file is no such record.
+    """
+
+    def __init__(self, path: Path, device: torch.device, given: str | None = None) -> None:
+        self._path, self._device = path, device_key(device)
+        self._choices: dict[str, dict[str, list[Any]]] = {}
+        self._last: dict[str, bool | None] = {}  # channels last in memory
+        self.compiled: dict[str, bool] = {}  # steps by name, and whether they were compiled
+        for source in (Path(given) if given else None, path if path.exists() else None):
+            if source is not None:
+                self._read(source)
+
+    def _read(self, path: Path) -> None:
+        try:
+            document = json.loads(path.read_text())
+            if document["device"] == self._device:
+                self._choices |= document["choices"]
+                self.compiled |= document.get("compiled", {})
+                self._last |= document.get("images_last", {})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise TrialError(
+                f"{path} is no record of lowering choices: {type(error).__name__}: {error}; give a "
+                "trial's lowering.json, or none"
+            ) from error
+
+    def find(self, ruled: Choice) -> tuple[dict[str, Option], bool | None] | None:
+        """What was chosen for this graph, divided so; and whether with channels last."""
+        found = self._choices.get(_key(ruled))
+        if found is None:
+            return None
+        options = {name: Option(*row) for name, row in found.items()}
+        return options, self._last.get(_key(ruled))
+
+    def add(self, ruled: Choice, options: Mapping[str, Option], last: bool | None) -> None:
+        """Keep a choice."""
+        rows = {name: [o.form, o.layout, o.width, o.seconds] for name, o in options.items()}
+        self._choices[_key(ruled)] = rows
+        self._last[_key(ruled)] = last
+        self._write()
+
+    def settle(self, step: str, compiled: bool) -> None:
+        """Keep whether a step is compiled."""
+        if self.compiled.get(step) is not compiled:
+            self.compiled[step] = compiled
+            self._write()
+
+    def _write(self) -> None:
+        document = {
+            "device": self._device,
+            "choices": self._choices,
+            "images_last": self._last,
+            "compiled": self.compiled,
+        }
+        partial = self._path.with_suffix(".part")
+        partial.write_text(json.dumps(document, indent=1) + "\n")
+        partial.replace(self._path)
+
+
+def _key(ruled: Choice) -> str:
+    """What a trial's choice holds for: the graph with its groups, and its programs."""
+    nodes = [(node.name, node.op, node.group) for node in ruled.graph.nodes]
+    return _digest([nodes, ruled.programs])
