@@ -1,7 +1,11 @@
 """Capture: what becomes of a module, and what is refused."""
 
 import copy
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from textwrap import dedent
 
 import pytest
@@ -279,3 +283,27 @@ def test_a_module_that_cannot_be_printed_is_captured(capturer):
     assert first.entry.opaque is None
     assert first.graph is not None
     assert text(first) == text(second)
+
+
+def test_nothing_of_a_capture_is_written_to_the_terminal():
+    """Forwards that torch cannot trace, or whose graph fits one batch size alone."""
+    code = """
+import tempfile, pathlib, cgo
+from cgo.planner import Planner
+data, spec = cgo.DataSpec("support.reports:data", {"name": "reservoir"}), cgo.TrainingSpec
+def made(name, loss="cross_entropy", **kwargs):
+    data = cgo.DataSpec("support.reports:data", {"name": name, "samples": 44}, batch_size=8)
+    return cgo.Model(f"support.reports:{name}", kwargs, data=data, training=spec(loss=loss))
+models = [made("reservoir", "mse_loss"), made("in_place_scan"), made("failed_export_buffer")]
+points = cgo.DataSpec("support.small:points", batch_size=16)
+models += [cgo.Model("support.small:rewrites", {"kind": kind}, data=points, training=spec())
+           for kind in ("multinomial", "write_strided", "enable_grad")]
+report = Planner().plan(models, pathlib.Path(tempfile.mkdtemp())).report
+print(len(report.opaque))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    assert done.stdout.strip() == "3"
+    assert done.stderr == ""

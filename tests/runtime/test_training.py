@@ -197,6 +197,7 @@ def test_a_killed_trial_goes_on_from_its_checkpoint(tmp_path, epoch):
         model("d", "support.small:raises_later", {"after": 1000}, epochs=4),
         model("e", kwargs={"dropout": 0.3}, optimizer="Adam", seed=2, optimizer_kwargs={"lr": 0.02},
               epochs=4),
+        model("f", "support.small:counting", epochs=4),
     ]  # fmt: skip
     whole = Run(*models, folder=tmp_path / "whole").execute()
     halved = Run(*models, folder=tmp_path / "halved")

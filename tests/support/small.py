@@ -310,3 +310,23 @@ def moody():
 def usual():
     """Batch norm and dropout, whose evaluation mode is known."""
     return Moody().layers
+
+
+class Counting(nn.Module):
+    """Decides by data, so it is opaque; counts in an attribute and binds a buffer anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.steps = nn.Linear(6, 3), 0
+        self.register_buffer("centre", torch.zeros(6))
+
+    def forward(self, x):
+        if self.training:
+            self.steps += 1
+            self.centre = 0.9 * self.centre + 0.1 * x.mean(0)
+        x = x - self.centre
+        return self.body(x if x.sum() > 0 else -x) * (1 + self.steps / 50)
+
+
+def counting():
+    return Counting()
