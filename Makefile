@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Small tensors gain nothing from several threads, and tests run beside trials of their own.
 TEST_ENV := OMP_NUM_THREADS=1
 
-.PHONY: demo test test-all lint typecheck wheel clean
+.PHONY: demo test test-all test-matrix lint typecheck wheel clean
 
 demo: $(STAMP)
 	$(BIN)/cgo demo
@@ -17,6 +17,10 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest
+
+# Other versions of Python and torch, each in an environment of its own; takes gigabytes and an hour.
+test-matrix:
+	.ci/matrix
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
