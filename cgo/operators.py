@@ -25,15 +25,17 @@ def aten(op: str) -> Any | None:
     """The `torch` OpOverload that "aten.name.overload" names, or None."""
     import torch
 
+    from cgo.private.operators import OpOverload, OpOverloadPacket
+
     parts = op.split(".")
     if len(parts) != 3 or parts[0] != "aten":
         return None
     packet = getattr(torch.ops.aten, parts[1], None)
     # A namespace and a packet have attributes of their own, such as "name" and "op".
-    if not isinstance(packet, torch._ops.OpOverloadPacket):
+    if not isinstance(packet, OpOverloadPacket):
         return None
     overload = getattr(packet, parts[2], None)
-    return overload if isinstance(overload, torch._ops.OpOverload) else None
+    return overload if isinstance(overload, OpOverload) else None
 
 
 @cache

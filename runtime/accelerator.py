@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from cgo.errors import CgoError
+from cgo.private.graph_pools import abandon
 from cgo.runtime.tape import TapeError, record_body
 
 #: Of a device's free memory, what models are planned to take.
@@ -271,11 +272,7 @@ class Cuda:
         try:
             graph.pool()
         except RuntimeError:  # the capture has not ended: torch does this only where it has
-            for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
-                undo = getattr(torch._C, name, None)
-                with contextlib.suppress(RuntimeError):
-                    if undo is not None:
-                        undo(self.device.index, self._pool)
+            abandon(self.device.index, self._pool)
             self._release_generators(generators)
         self._graphs = weakref.WeakSet()
 

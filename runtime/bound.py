@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cgo.errors import DataError
 from cgo.graph import ModelId, Node, Output, homes
+from cgo.private import many_tensors
 from cgo.runtime.builder import Result as LoweredResult
 from cgo.runtime.builder import Source
 from cgo.runtime.choice import Choice
@@ -247,7 +248,7 @@ class Bound:
             values[position] = parameter.detach()
         if self._buffers and undo:
             with torch.no_grad():  # a module may write parameters, too
-                torch._foreach_copy_(self._before, self._buffers)
+                many_tensors.copy_(self._before, self._buffers)
         scale = [] if self._scale is None else [self._scale]
         return [*values, *scale]  # type: ignore[list-item]
 
@@ -257,13 +258,13 @@ class Bound:
             return
         with torch.no_grad():
             targets = [target for _, target in self.updates]
-            torch._foreach_copy_(targets, [results[position] for position, _ in self.updates])
+            many_tensors.copy_(targets, [results[position] for position, _ in self.updates])
 
     def restore(self) -> None:
         """Undo what a failed run wrote into buffers."""
         if self._buffers:
             with torch.no_grad():
-                torch._foreach_copy_(self._buffers, self._before)
+                many_tensors.copy_(self._buffers, self._before)
 
 
 def lanes_of(result: LoweredResult, value: Tensor) -> Iterator[tuple[Output, Tensor]]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from cgo.errors import CgoError
+from cgo.private.inductor import compiled
 from cgo.runtime.accelerator import (
     Accelerator,
     captured_seconds,
@@ -140,7 +141,7 @@ def compile_step(tape: Tape, inputs: Sequence[Tensor]) -> Replay:
     try:
         with torch.no_grad():
             given = [value.detach() for value in (*inputs, *constants)]
-            function = torch._inductor.compile(_module(tape), list[Any](given))
+            function = compiled(_module(tape), given)
             function(*_copies(given))
     except Exception as error:  # Inductor raises what its many parts raise
         raise CompileError(f"Inductor: {type(error).__name__}: {str(error)[:500]}") from error

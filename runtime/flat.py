@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cgo.graph import ModelId
+from cgo.private import many_tensors
 from cgo.runtime.accelerator import Accelerator
 from cgo.runtime.optimizers import Updater
 from cgo.runtime.packing import rehome
@@ -220,7 +221,7 @@ class Flat:
         else:
             self._flat_step(gradients, self._without)
         if self._copies:
-            torch._foreach_copy_([lane for lane, _ in self._copies], [p for _, p in self._copies])
+            many_tensors.copy_([lane for lane, _ in self._copies], [p for _, p in self._copies])
 
     def _flat_step(self, gradients: Sequence[Tensor], without: frozenset[ModelId]) -> None:
         self.gradient = self._layout.joined_pieces(gradients)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
 
 from cgo import weights
 from cgo.events import Event
 from cgo.graph import ModelId
 from cgo.graph_data import GraphData, ModelEntry, file_sha256
+from cgo.private.trees import tree_map_only
 from cgo.runtime.meters import LossMeter
 from cgo.runtime.optimizers import Updater
 from cgo.runtime.scaling import LossScale

@@ -26,6 +26,7 @@ from cgo.graph import (
 )
 from cgo.model import TrainingSpec
 from cgo.passes.sharing import argument_key
+from cgo.private.allocations import is_allocation
 from cgo.runtime.builder import Source
 from cgo.runtime.choice import LOOP, Choice, rules_for
 from cgo.runtime.gradients import Place, learning_places
@@ -194,7 +195,7 @@ def _blocks(seen: torch.profiler.profile) -> list[tuple[int, int]]:
         event = pending.pop()
         pending += event.children
         block = event.extra_fields
-        if isinstance(block, torch._C._profiler._ExtraFields_Allocation):
+        if is_allocation(block):
             found.append((event.start_time_ns, block.ptr, block.alloc_size))
     return [(address, size) for _, address, size in sorted(found)]
 

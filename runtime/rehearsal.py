@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from cgo.graph import ModelId, TensorType
 from cgo.model import TrainingSpec
+from cgo.private.dispatch_modes import TorchDispatchMode
+from cgo.private.fake_tensors import FakeTensorMode
+from cgo.private.operators import OpOverload
+from cgo.private.trees import tree_iter
 from cgo.runtime.accelerator import accelerator_for
 from cgo.runtime.builder import Source
 from cgo.runtime.gradients import Place
@@ -80,7 +81,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(
         self,
-        func: torch._ops.OpOverload,
+        func: OpOverload,
         types: Any,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cgo.graph import ModelId
 from cgo.model import TrainingSpec
+from cgo.private import many_tensors
 
 #: What `torch.amp.GradScaler` starts with, and multiplies by.
 FIRST_SCALE, GROWTH, BACKOFF = 2.0**16, 2.0, 0.5
@@ -150,7 +151,7 @@ class Scaling:
         lanes = [self.lanes(models) for models, _ in packed]
         gradients = [gradient for _, gradient in packed]
         # Nothing times a finite number is nothing, and NaN otherwise, which no sum loses.
-        zeros = torch._foreach_mul(gradients, 0.0)
+        zeros = many_tensors.mul(gradients, 0.0)
         marks = [zero.reshape(len(zero), -1).sum(1, dtype=torch.float32) for zero in zeros]
         poisoned = torch.zeros_like(self._found).index_add_(0, torch.cat(lanes), torch.cat(marks))
         self.found_inf.copy_(poisoned[:-1].isnan())
@@ -159,7 +160,7 @@ class Scaling:
             factors.index_select(0, lane).reshape(-1, *[1] * (gradient.ndim - 1))
             for lane, gradient in zip(lanes, gradients)
         ]
-        torch._foreach_mul_(gradients, each)
+        many_tensors.mul_(gradients, each)
 
     def update(self, models: Collection[ModelId]) -> None:
         """Adapt the scales of the given models to what their gradients were."""
@@ -200,4 +201,4 @@ def _unscale_whole(gradients: Sequence[Tensor], found_inf: Tensor, inverse: Tens
         values = gradient._values() if gradient.is_sparse else gradient
         by_dtype.setdefault(values.dtype, []).append(values)
     for alike in by_dtype.values():
-        torch._amp_foreach_non_finite_check_and_unscale_(alike, found_inf, inverse)
+        many_tensors.unscale_(alike, found_inf, inverse)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import _disable_current_modes
 
+from cgo.private.dispatch_modes import without_modes
 from cgo.runtime.emitter import Column, Group
 
 
@@ -126,14 +126,14 @@ def _box(x: Tensor, size: int) -> Tensor:
 
 @cache
 def _weights(channels: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    with _disable_current_modes():  # what is kept has numbers, even if first wanted in a rehearsal
+    with without_modes():  # what is kept has numbers, even if first wanted in a rehearsal
         return torch.full((channels, 1, size, size), 1 / size**2, dtype=dtype, device=device)
 
 
 @cache
 def _shares(shape: torch.Size, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(H, W): what the sum over a full square is multiplied by, where part of it is padding."""
-    with _disable_current_modes():
+    with without_modes():
         ones = torch.ones(1, 1, *shape, dtype=dtype, device=device)
         return 1 / F.avg_pool2d(ones, size, 1, size // 2)[0, 0]
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from cgo.private import fused_steps
 from cgo.runtime.optimizers import Updater
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ _RULES: dict[type, Callable[[Mapping[str, Any]], _Found | None]] = {
 
 
 def _fused_sgd(part: Part) -> None:
-    torch._fused_sgd_(
+    fused_steps.sgd_(
         part.values,
         part.gradients,
         part.moments[0] if part.moments else [],  # of zeros, which is where a first step starts
@@ -168,7 +169,7 @@ def _fused_sgd(part: Part) -> None:
 
 def _fused_adam(part: Part) -> None:
     _, decoupled, amsgrad = part.flags
-    step = torch._fused_adamw_ if decoupled else torch._fused_adam_
+    step = fused_steps.adamw_ if decoupled else fused_steps.adam_
     step(
         part.values,
         part.gradients,
@@ -188,7 +189,7 @@ def _fused_adam(part: Part) -> None:
 
 
 def _fused_adagrad(part: Part) -> None:
-    torch._fused_adagrad_(
+    fused_steps.adagrad_(
         part.values,
         part.gradients,
         part.moments[0],

@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
-from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cgo.errors import CgoError
+from cgo.private import interpreter
+from cgo.private.dispatch_modes import TorchDispatchMode, current_mode
+from cgo.private.operators import OpOverload
+from cgo.private.trees import tree_iter
 
 #: Gives a step's values, in order, from what it reads, in order.
 Replay = Callable[..., Sequence[Tensor]]
@@ -127,24 +128,57 @@ def refuse_recording() -> None:
     Raises:
         TapeError: calls are being recorded.
     """
-    if isinstance(_get_current_dispatch_mode(), _Recorder):
+    if isinstance(current_mode(), _Recorder):
         raise TapeError("compiled code makes no calls that could be written down")
 
 
 def interpreted(tape: Tape) -> Replay:
-    """The tape as a function of its inputs that calls what it says, from Python."""
-    last = _last_uses(tape)
+    """The tape as a function of its inputs that calls what it says, line by line, from Python."""
+    names: dict[str, Any] = {value.name: tensor for value, tensor in tape.constants.items()}
+    lines = [f"def step({', '.join(value.name for value in tape.inputs)}):"]
+    for number, (call, gone) in enumerate(zip(tape.calls, _last_uses(tape))):
+        names[f"op{number}"] = call.op
+        lines.append(f"  {_assigned(call)}op{number}({_given(call, number, names)})")
+        lines += [f"  {value.name} = None" for value in gone]
+    lines.append(f"  return [{', '.join(value.name for value in tape.results)}]")
+    exec("\n".join(lines), names)  # names and literals of the tape alone
+    step = names["step"]
 
     def run(*inputs: Tensor) -> Sequence[Tensor]:
-        values = dict(zip(tape.inputs, inputs)) | dict(tape.constants)
         with torch.no_grad():
-            for call, gone in zip(tape.calls, last):
-                invoke(call, values)
-                for value in gone:
-                    del values[value]
-        return [values[result] for result in tape.results]
+            found: Sequence[Tensor] = step(*inputs)
+        return found
 
     return run
+
+
+def _assigned(call: Call) -> str:
+    """What the results of a call become; what is written in place is there already."""
+    if all(value is None for value in call.outputs):
+        return ""
+    names = [f"_{i}" if value is None else value.name for i, value in enumerate(call.outputs)]
+    several = call.listed or len(names) > 1
+    return f"{', '.join(names)}{',' if several and len(names) == 1 else ''} = "
+
+
+def _given(call: Call, number: int, names: dict[str, Any]) -> str:
+    """A call's arguments as Python writes them; literals get names."""
+    keywords = {argument.name for argument in call.op._schema.arguments if argument.kwarg_only}
+    found: list[str] = []
+    for position, (name, argument) in enumerate(call.arguments.items()):
+        text = _python(argument, f"a{number}_{position}", names)
+        found.append(f"**{{{name!r}: {text}}}" if name in keywords else text)
+    return ", ".join(found)
+
+
+def _python(argument: Any, name: str, names: dict[str, Any]) -> str:
+    if isinstance(argument, Value):
+        return argument.name
+    if isinstance(argument, tuple) and any(True for _ in _values(argument)):
+        items = (_python(item, f"{name}_{i}", names) for i, item in enumerate(argument))
+        return f"[{', '.join(items)}]"
+    names[name] = list(argument) if isinstance(argument, tuple) else argument
+    return name
 
 
 def _last_uses(tape: Tape) -> list[list[Value]]:
@@ -348,23 +382,16 @@ def compile_tape(tape: Tape) -> Replay:
     """
     constants = list(tape.constants)
     try:
-        unit = torch._C.CompilationUnit()
-        unit.define(_source(tape, constants), _torch_alone)
-        function = unit.find_function("step")
+        function = interpreter.compiled(_source(tape, constants), "step", _torch_alone)
     except (RuntimeError, AttributeError, TypeError) as error:
         raise TapeError(f"TorchScript does not take it: {str(error)[:300]}") from error
     _check(tape, function.graph)
     given = [tape.constants[constant] for constant in constants]
 
     def replay(*inputs: Tensor) -> Sequence[Tensor]:
-        before = torch._C._get_graph_executor_optimize()
-        torch._C._set_graph_executor_optimize(False)  # as it is written: other orders, other bits
-        try:
-            with torch.no_grad():
-                results: list[Tensor] = function(*inputs, *given)
-            return results
-        finally:
-            torch._C._set_graph_executor_optimize(before)
+        with interpreter.unoptimised(), torch.no_grad():
+            results: list[Tensor] = function(*inputs, *given)
+        return results
 
     return replay
 

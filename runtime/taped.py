@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from cgo.runtime.tape import Replay, Tape, TapeError, compile_tape, record
+from cgo.private import many_tensors
+from cgo.runtime.tape import Replay, Tape, TapeError, compile_tape, interpreted, record
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ class Taped:
         before: Sequence[Tensor],
         expected: Sequence[Tensor],
     ) -> Replay:
-        replay = compile_tape(tape)
+        replay = _fastest(tape)
         _restore(self._buffers, before)
         try:
             found = [*replay(*inputs), *self._buffers]
@@ -114,6 +115,18 @@ class Taped:
         self.reason = reason
 
 
+def _fastest(tape: Tape) -> Replay:
+    """TorchScript's interpreter, or Python where that refuses the tape, or is no more.
+
+    `benchmarks/replays.py` has how they compare; either is faster than the plain step.
+    """
+    try:
+        return compile_tape(tape)
+    except TapeError as error:
+        log.info("a step is replayed from Python: %s", error)
+        return interpreted(tape)
+
+
 def _clones(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in tensors]
 
@@ -121,7 +134,7 @@ def _clones(tensors: Sequence[Tensor]) -> list[Tensor]:
 def _restore(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     if tensors:
         with torch.no_grad():
-            torch._foreach_copy_(list(tensors), list(values))
+            many_tensors.copy_(list(tensors), list(values))
 
 
 #: Relative differences that two runs of one kernel may have on a GPU, where sums have no order.

@@ -28,6 +28,7 @@ from cgo.graph import ModelId
 from cgo.graph_data import GraphData
 from cgo.model import Model, loss_function, optimizer_class
 from cgo.planner import Planner
+from cgo.private import many_tensors
 from cgo.runtime.accelerator import accelerator_for
 from cgo.runtime.captured import CapturedLanes
 from cgo.runtime.data import Leaves, Loader, open_data
@@ -215,9 +216,9 @@ class _Momentum:
     def __call__(self, loss: Tensor) -> None:
         gradients = torch.autograd.grad(loss, self.parameters)
         with torch.no_grad():
-            torch._foreach_mul_(self.moments, self.momentum)
-            torch._foreach_add_(self.moments, gradients)
-            torch._foreach_addcmul_(self.parameters, self.moments, self.rates, value=-1.0)
+            many_tensors.mul_(self.moments, self.momentum)
+            many_tensors.add_(self.moments, gradients)
+            many_tensors.addcmul_(self.parameters, self.moments, self.rates, value=-1.0)
 
 
 # --- processes ------------------------------------------------------------------------------------

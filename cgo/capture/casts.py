@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map_only
 
 from cgo.errors import CaptureError
+from cgo.private.autocast_lists import is_listed
+from cgo.private.operators import OpOverload
+from cgo.private.trees import tree_map_only
 
 
 @dataclass
@@ -56,7 +58,7 @@ class Casts:
             self.dtype = before
 
     def of(
-        self, overload: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, overload: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> torch.dtype | None:
         """What an operator's floating-point arguments are cast to; None: they stay.
 
@@ -65,7 +67,7 @@ class Casts:
         """
         name = overload._schema.name + "." * bool(overload._schema.overload_name)
         full = name + overload._schema.overload_name
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(full, "AutocastCPU"):
+        if not is_listed(full):
             return None
         with torch.autocast("cpu", dtype=self.dtype):
             wanted = _dtypes(overload(*args, **kwargs))

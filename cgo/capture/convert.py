@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._prims_common import suggest_memory_format
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
@@ -29,6 +27,10 @@ from cgo.capture.rewrites import KEEP, REWRITES
 from cgo.errors import CaptureError
 from cgo.graph import Argument, Node, Ref, Symbol, TensorType
 from cgo.operators import aten as resolve_aten
+from cgo.private.fake_tensors import FakeTensorMode, unset_fake_temporarily
+from cgo.private.memory_formats import suggest_memory_format
+from cgo.private.operators import HigherOrderOperator, OpOverload
+from cgo.private.storages import shared
 from cgo.weights import tensor_hash
 
 
@@ -182,9 +184,9 @@ class _Converter:
         if node.target is operator.getitem:
             source, index = node.args
             self.env[node] = self.env[source][index]  # type: ignore[index]
-        elif isinstance(node.target, torch._ops.HigherOrderOperator):
+        elif isinstance(node.target, HigherOrderOperator):
             self._region(node)
-        elif isinstance(node.target, torch._ops.OpOverload):
+        elif isinstance(node.target, OpOverload):
             self._operator(node, node.target)
         else:
             self.env[node] = self._python(node)
@@ -241,7 +243,7 @@ class _Converter:
         returned = inner.graph.output_node().args[0]
         return tuple(self.env[value] for value in returned)
 
-    def _operator(self, node: fx.Node, overload: torch._ops.OpOverload) -> None:
+    def _operator(self, node: fx.Node, overload: OpOverload) -> None:
         if overload.namespace != "aten":
             raise CaptureError(f"operator {overload} is not an ATen operator")
         written = _written(node, overload)
@@ -260,7 +262,7 @@ class _Converter:
 
     def _functional(
         self,
-        overload: torch._ops.OpOverload,
+        overload: OpOverload,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         name: str,
@@ -276,7 +278,7 @@ class _Converter:
         kept = {key: value for key, value in kwargs.items() if key not in without}
         return self.emit(op, *args, name=name, **kept)
 
-    def _refuse_random(self, overload: torch._ops.OpOverload) -> None:
+    def _refuse_random(self, overload: OpOverload) -> None:
         if torch.Tag.nondeterministic_seeded in overload.tags:
             raise CaptureError(f"operator {overload} draws random numbers in a way of its own")
 
@@ -308,9 +310,7 @@ class _Converter:
             return tuple(self._present(item) for item in value)
         return value
 
-    def _written(
-        self, overload: torch._ops.OpOverload, targets: Sequence[fx.Node], outcome: Any
-    ) -> Any:
+    def _written(self, overload: OpOverload, targets: Sequence[fx.Node], outcome: Any) -> Any:
         """Write what an operator gave into the tensors that it was told to write."""
         several = outcome if isinstance(outcome, tuple) else (outcome,)
         handles = [self.env[target] for target in targets]
@@ -329,7 +329,7 @@ class _Converter:
     def _handles(
         self,
         node: fx.Node,
-        overload: torch._ops.OpOverload,
+        overload: OpOverload,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         outcome: Any,
@@ -349,7 +349,7 @@ class _Converter:
     def _handle(
         self,
         node: fx.Node,
-        overload: torch._ops.OpOverload,
+        overload: OpOverload,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         ref: Ref,
@@ -367,7 +367,7 @@ class _Converter:
         left, right = self.values[one], self.values[other]
         if not isinstance(left, Tensor) or not isinstance(right, Tensor):
             return False
-        return bool(left.untyped_storage()._cdata == right.untyped_storage()._cdata)
+        return shared(left, right)
 
     def replace_buffer(self, old: Argument, new: Ref) -> None:
         """Make `new` the value of a buffer that an operator writes behind its schema."""
@@ -429,7 +429,7 @@ class _Converter:
         return argument
 
     def _cast(
-        self, overload: torch._ops.OpOverload, args: tuple[Argument, ...], kwargs: Any
+        self, overload: OpOverload, args: tuple[Argument, ...], kwargs: Any
     ) -> tuple[Argument, ...]:
         """Arguments in the dtype that autocast would give them."""
         assert self.casts is not None
@@ -491,7 +491,7 @@ class _Converter:
         return refs if several else refs[0]
 
 
-def _written(node: fx.Node, overload: torch._ops.OpOverload) -> list[fx.Node]:
+def _written(node: fx.Node, overload: OpOverload) -> list[fx.Node]:
     """The arguments whose memory the operator's schema says it writes."""
     written = []
     for index, argument in enumerate(overload._schema.arguments):
@@ -508,7 +508,7 @@ def is_written(argument: Any) -> bool:
     return argument.alias_info is not None and bool(argument.alias_info.is_write)
 
 
-def functional_form(overload: torch._ops.OpOverload) -> tuple[str, frozenset[str]] | None:
+def functional_form(overload: OpOverload) -> tuple[str, frozenset[str]] | None:
     """The operator that gives what this one writes, and which arguments it does not take."""
     packet, _, variant = str(overload).removeprefix("aten.").partition(".")
     if packet.endswith("_") and resolve_aten(op := f"aten.{packet[:-1]}.{variant}") is not None:

@@ -8,6 +8,7 @@ import io
 import linecache
 import logging
 import os
+import re
 import sysconfig
 import traceback
 import warnings
@@ -98,8 +99,14 @@ def quiet() -> Iterator[None]:
 
 # --- reasons --------------------------------------------------------------------------------------
 
-#: What torch says of a value that is not there while a graph is made.
-_READS_DATA = ("DataDependent", "GuardOnData", "_local_scalar_dense", "DynamicOutputShape")
+#: What torch says where a value, or a shape that depends on values, is asked for; the operator.
+_READS_DATA = (
+    ("DynamicOutputShape", "a shape that depends on values", None),
+    ("DataDependent", "a value that depends on data", "aten._local_scalar_dense"),
+    ("GuardOnData", "a value that depends on data", "aten._local_scalar_dense"),
+)
+
+_OPERATOR = re.compile(r"aten\.\w+(\.\w+)?")
 
 #: Folders of torch, and of this package, which is mapped from several places.
 _NOT_USERS = tuple(
@@ -115,8 +122,11 @@ def reason_of(error: Exception) -> str:
     """Why a module was not captured, in a line: the error, and where in the user's code."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"
-    if any(sign in text for sign in _READS_DATA):
-        text = f"forward looks at values that depend on data ({text})"
+    for sign, what, usual in _READS_DATA:
+        if sign in type(error).__name__:
+            named = _OPERATOR.search(text)
+            text = f"forward looks at {what} ({named.group() if named else usual})"
+            break
     return text + at_line(source_of(error))
 
 

@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import random
 import re
+import sys
 import types
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,9 @@ from torch import Tensor, nn
 #: Levels of containers and objects that are looked into, and items of each.
 _DEPTH = 4
 _ITEMS = 1000
+
+#: Functions that are looked at, those that are called included.
+_FUNCTIONS = 300
 
 #: What every module has: parameters and buffers are compared by value, parts are looked at.
 _OWN = frozenset(vars(nn.Module())) | {"_parameters", "_buffers", "_modules"}
@@ -80,13 +84,20 @@ class Watched:
         """Names of places, what is there, and for plain names outside of the module how to set."""
         classes: dict[type, None] = {}
         functions = dict.fromkeys(map(_plain, self.functions))
+        for called in functions:
+            if not isinstance(called, (types.FunctionType, type)) and not _is_torchs(called):
+                yield f"an attribute of {type(called).__qualname__}", _attributes(called), None
+                classes[type(called)] = None
         for path, part in self.module.named_modules():
             owner = f"part {path!r}" if path else "the module"
             for name, value in vars(part).items():
                 if name not in _OWN:
                     yield f"attribute `{name}` of {owner}", value, None
             classes |= dict.fromkeys(c for c in type(part).__mro__ if _is_users(c))
-            functions |= dict.fromkeys(_plain(hook) for hook in _hooks(part))
+            for hook in map(_plain, _hooks(part)):
+                if not isinstance(hook, types.FunctionType):
+                    yield f"an attribute of a hook of {owner}", _attributes(hook), None
+                functions[hook] = None
         for class_ in classes:
             for name, value in vars(class_).items():
                 if isinstance(found := getattr(value, "__func__", value), types.FunctionType):
@@ -128,9 +139,18 @@ def _plain(function: Any) -> Any:
 
 
 def _is_users(found: Any) -> bool:
-    """Whether a class or function is neither Python's nor torch's."""
-    package = str(getattr(found, "__module__", "")).partition(".")[0]
-    return package not in ("builtins", "torch", "abc", "typing", "numpy", "collections", "")
+    """Whether a class, function or module is neither Python's nor torch's."""
+    name = found.__name__ if isinstance(found, types.ModuleType) else found.__module__
+    package = str(name).partition(".")[0]
+    return package not in _LIBRARIES and package not in sys.stdlib_module_names
+
+
+#: Packages whose functions are taken to keep nothing, beside Python's own.
+_LIBRARIES = frozenset({"torch", "numpy", "cgo", ""})
+
+
+def _is_torchs(called: Any) -> bool:
+    return not _is_users(type(called))
 
 
 # --- functions ------------------------------------------------------------------------------------
@@ -141,8 +161,8 @@ def _of_functions(
 ) -> Iterator[tuple[str, Any, Callable[[Any], None] | None]]:
     """What functions close over and which globals they read, those that they call included."""
     seen: set[int] = set()
-    while pending:
-        function = pending.pop()
+    while pending and len(seen) < _FUNCTIONS:
+        function = pending.pop(0)  # those nearest to the module first
         if id(function) in seen or not _is_users(function):
             continue
         seen.add(id(function))
@@ -154,12 +174,23 @@ def _of_functions(
                 continue
             pending += [value] if isinstance(value, types.FunctionType) else []
             yield f"variable `{variable}` around {name}", value, _setter(cell, "cell_contents")
-        for variable in _names(function.__code__):
-            if variable in function.__globals__:
-                value = function.__globals__[variable]
+        if kept := (function.__defaults__, function.__kwdefaults__, vars(function)):
+            yield f"defaults or attributes of {name}", kept, None
+        names = _names(function.__code__)
+        for owner in _modules(function, names):
+            for variable in names & vars(owner).keys():
+                value = vars(owner)[variable]
                 pending += [value] if isinstance(value, types.FunctionType) else []
-                place = f"global `{variable}` of {function.__module__}"
-                yield place, value, _item_setter(function.__globals__, variable)
+                place = f"global `{variable}` of {owner.__name__}"
+                yield place, value, _item_setter(vars(owner), variable)
+
+
+def _modules(function: types.FunctionType, names: set[str]) -> list[types.ModuleType]:
+    """The function's own module, and users' modules that it names."""
+    own = sys.modules.get(function.__module__)
+    found = [] if own is None or vars(own) is not function.__globals__ else [own]
+    named = (function.__globals__.get(name) for name in sorted(names))
+    return found + [m for m in named if isinstance(m, types.ModuleType) and _is_users(m)]
 
 
 def _item_setter(owner: dict[str, Any], name: str) -> Callable[[Any], None]:
@@ -179,6 +210,8 @@ def _print(value: Any, depth: int = 0, seen: frozenset[int] = frozenset()) -> ob
     """Something that is equal for equal content, as far as it is looked into."""
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes, range, slice)):
         return type(value).__name__, repr(value)
+    if isinstance(value, types.FunctionType):
+        return "function", _print(vars(value), depth + 1, seen)
     if isinstance(value, _FIXED):
         return "fixed"
     if isinstance(value, Tensor):

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules import transformer
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from cgo.private.causal_masks import detected_by
+from cgo.private.norms import BatchNorm
 
 
 @contextlib.contextmanager
@@ -28,7 +29,7 @@ def stand_ins(probe: nn.Module) -> Iterator[None]:
         probe: The module, or a copy of it that nobody else uses: it keeps its stand-ins.
     """
     for part in probe.modules():
-        if isinstance(part, _BatchNorm) and part.momentum is None and part.track_running_stats:
+        if isinstance(part, BatchNorm) and part.momentum is None and part.track_running_stats:
             part.forward = types.MethodType(_cumulative_norm, part)  # type: ignore[method-assign]
     plain, owner = Tensor.data, threading.get_ident()
 
@@ -38,20 +39,16 @@ def stand_ins(probe: nn.Module) -> Iterator[None]:
         return plain.__get__(tensor)  # type: ignore[attr-defined,no-any-return]
 
     fast = torch.backends.mha.get_fastpath_enabled()
-    detect = getattr(transformer, "_detect_is_causal_mask", None)
     try:
         # The fast path of attention in evaluation mode is one operator that nothing can merge.
         torch.backends.mha.set_fastpath_enabled(False)
-        if detect is not None:
-            transformer._detect_is_causal_mask = _said_to_be_causal
         # What is written through `.data` escapes an export; through `detach()` it does not.
         torch.Tensor.data = property(data, plain.__set__)  # type: ignore[assignment,attr-defined]
-        yield
+        with detected_by(_said_to_be_causal):
+            yield
     finally:
         del torch.Tensor.data
         torch.backends.mha.set_fastpath_enabled(fast)
-        if detect is not None:
-            transformer._detect_is_causal_mask = detect
 
 
 def _said_to_be_causal(

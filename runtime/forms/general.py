@@ -6,16 +6,16 @@ Nothing of functorch is left in the step; the traced graph is called like any fu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from cgo.graph import TensorType
 from cgo.operators import aten
+from cgo.private.fake_tensors import FakeTensorMode
+from cgo.private.vmap_fallback import forbidden
 from cgo.runtime.emitter import Column, Emitter, Group, Packed, item
 from cgo.tuning import STACKED
 
@@ -66,7 +66,7 @@ def _trace(emitter: Emitter, group: Group, overload: Any) -> _Traced | str:
     columns = group.columns
     alone = _operator(emitter, group, overload)
     try:
-        with FakeTensorMode(), _no_slow_fallback():
+        with FakeTensorMode(), forbidden():
             examples = [_example(c.type, c.shared, group.size, emitter.device) for c in columns]
             several = torch.vmap(alone, tuple(None if c.shared else 0 for c in columns))
             module = make_fx(several)(*(example.contiguous() for example in examples))
@@ -163,15 +163,3 @@ def _with_gradients(results: Sequence[Tensor], values: Sequence[Tensor]) -> list
     weights = [torch.linspace(0.5, 1.5, r.numel()).view(r.shape).to(r) for r in reached]
     gradients = torch.autograd.grad(reached, learning, weights, allow_unused=True)
     return [*(r.detach() for r in results), *(g for g in gradients if g is not None)]
-
-
-@contextmanager
-def _no_slow_fallback() -> Iterator[None]:
-    """Operators without a batching rule raise instead of becoming a loop inside the trace."""
-    functorch: Any = torch._C._functorch
-    before = functorch._is_vmap_fallback_enabled()
-    functorch._set_vmap_fallback_enabled(False)
-    try:
-        yield
-    finally:
-        functorch._set_vmap_fallback_enabled(before)

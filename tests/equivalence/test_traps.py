@@ -31,7 +31,7 @@ OPAQUE = {
     "python_random": "the loss by",
     "numpy_random": "the loss by",
     "python_counter": "attribute `calls` of the module",
-    "control_flow": "data-dependent",
+    "control_flow": "a value that depends on data (aten._local_scalar_dense), at nets.py:",
     "multinomial": "draws random numbers",
     "unread_dropout": "the loss by",  # export drops it, and the next mask is another
 }

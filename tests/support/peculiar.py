@@ -4,6 +4,7 @@
 """
 
 import torch
+from support import counters
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -524,6 +525,65 @@ class KeptTensor(Headed):
         return x * (1 + self.steps / 100)
 
 
+class CountingInDefault(Headed):
+    def inner(self, x, seen=[0]):  # noqa: B006
+        seen[0] += 1
+        return x * (1 + seen[0] / 100)
+
+
+class CountingInFunction(Headed):
+    def inner(self, x):
+        count_in_function.calls += 1
+        return x * (1 + count_in_function.calls / 100)
+
+
+def count_in_function():
+    """Has an attribute that counts."""
+
+
+count_in_function.calls = 0
+
+
+class CountingElsewhere(Headed):
+    """In a module of its own, which its forward names."""
+
+    def inner(self, x):
+        counters.count()
+        return x * (1 + counters.COUNT / 100)
+
+
+class CountingInObject(Headed):
+    def inner(self, x):
+        STATE.settings["calls"] += 1
+        return x * (1 + STATE.settings["calls"] / 100)
+
+
+class State:
+    def __init__(self):
+        self.settings = {"calls": 0}
+
+
+STATE = State()
+
+
+class HookThatCounts:
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, layer, inputs, output):
+        self.calls += 1
+        return output * (1 + self.calls / 100)
+
+
+class CountingHook(Headed):
+    def __init__(self):
+        super().__init__()
+        self.enter.register_forward_hook(HookThatCounts())
+
+    def inner(self, x):
+        return x
+
+
 #: By name: what builds it, and what the reason names.
 KEPT = {
     "counting": (Counting, "attribute `steps` of the module"),
@@ -534,7 +594,12 @@ KEPT = {
     "counting globally": (CountingGlobally, "global `CALLS`"),
     "counting in its class": (CountingInClass, "class attribute `calls` of CountingInClass"),
     "counting in a closure": (counting_closure, "variable `count` around"),
-    "own generator": (OwnGenerator, "attribute `draw`|looks at values"),
+    "own generator": (OwnGenerator, "attribute `draw`|looks at a value"),
+    "counting in a default": (CountingInDefault, "defaults or attributes of"),
+    "counting in a function": (CountingInFunction, "global `count_in_function`|attributes of"),
+    "counting elsewhere": (CountingElsewhere, "global `COUNT` of support.counters"),
+    "counting in an object": (CountingInObject, "global `STATE`"),
+    "counting hook": (CountingHook, "hook"),
     "appending": (Appending, "attribute `seen` of the module"),
     "kept tensor": (KeptTensor, "attribute `steps` of the module|steps"),
 }
