@@ -26,7 +26,7 @@ from cgo.graph import (
 )
 from cgo.model import TrainingSpec
 from cgo.passes.sharing import argument_key
-from cgo.private.allocations import is_allocation
+from cgo.private.allocations import block
 from cgo.runtime.builder import Source
 from cgo.runtime.choice import LOOP, Choice, rules_for
 from cgo.runtime.gradients import Place, learning_places
@@ -194,9 +194,8 @@ def _blocks(seen: torch.profiler.profile) -> list[tuple[int, int]]:
     while pending:
         event = pending.pop()
         pending += event.children
-        block = event.extra_fields
-        if is_allocation(block):
-            found.append((event.start_time_ns, block.ptr, block.alloc_size))
+        if (taken := block(event.extra_fields)) is not None:
+            found.append((event.start_time_ns, *taken))
     return [(address, size) for _, address, size in sorted(found)]
 
 

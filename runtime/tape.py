@@ -134,8 +134,9 @@ def refuse_recording() -> None:
 
 def interpreted(tape: Tape) -> Replay:
     """The tape as a function of its inputs that calls what it says, line by line, from Python."""
-    names: dict[str, Any] = {value.name: tensor for value, tensor in tape.constants.items()}
-    lines = [f"def step({', '.join(value.name for value in tape.inputs)}):"]
+    names: dict[str, Any] = {}
+    given = list(tape.constants.values())
+    lines = [f"def step({', '.join(value.name for value in (*tape.inputs, *tape.constants))}):"]
     for number, (call, gone) in enumerate(zip(tape.calls, _last_uses(tape))):
         names[f"op{number}"] = call.op
         lines.append(f"  {_assigned(call)}op{number}({_given(call, number, names)})")
@@ -146,7 +147,7 @@ def interpreted(tape: Tape) -> Replay:
 
     def run(*inputs: Tensor) -> Sequence[Tensor]:
         with torch.no_grad():
-            found: Sequence[Tensor] = step(*inputs)
+            found: Sequence[Tensor] = step(*inputs, *given)
         return found
 
     return run

@@ -54,7 +54,7 @@ def private_names(path):
             found = [ast.unparse(node)]
         else:
             continue
-        for name in found:
+        for name in (name for name in found if "(" not in name):
             parts = name.split(".")
             hidden = [p for p in parts if p.startswith("_") and not p.startswith("__")]
             if parts[0] == "torch" and hidden:

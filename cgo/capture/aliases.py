@@ -26,7 +26,7 @@ class View:
 
     op: str
     args: tuple[Argument, ...]  # behind the first
-    kwargs: Mapping[str, Argument] = field(default_factory=dict)
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
     index: int | None = None  # of a list of results
     detached: bool = False  # no gradient goes through it
 

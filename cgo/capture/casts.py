@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ class Casts:
             widest = torch.promote_types(widest, tensor.dtype)
         for dtype in (self.dtype, torch.float32, widest):
             assert dtype is not None
-            cast = tree_map_only(Tensor, lambda t, to=dtype: _cast(t, to), args)
+            cast = tree_map_only(Tensor, partial(_cast, dtype=dtype), args)
             if _dtypes(_tried(overload, cast, kwargs)) == wanted:
                 return dtype
         raise CaptureError(f"operator {overload} under autocast")

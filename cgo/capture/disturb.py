@@ -39,11 +39,11 @@ def disturb(module: nn.Module, amount: float, seed: int) -> None:
     """
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for tensor in module.parameters():
-            if tensor.is_floating_point() and tensor.numel():
-                size = float(tensor.square().mean().sqrt()) or _UNIT
-                noise = torch.randn(tensor.shape, generator=draw, dtype=torch.float64)
-                tensor.add_((amount * size * noise).to(tensor.dtype))
+        for weight in module.parameters():
+            if weight.is_floating_point() and weight.numel():
+                size = float(weight.square().mean().sqrt()) or _UNIT
+                noise = torch.randn(weight.shape, generator=draw, dtype=torch.float64)
+                weight.add_((amount * size * noise).to(weight.dtype))
         for tensor in module.buffers():
             if tensor.is_floating_point() and tensor.numel():
                 noise = torch.rand(tensor.shape, generator=draw, dtype=torch.float64)
