@@ -168,7 +168,29 @@ class _Sides:
             again = [step(other) for step in self._done]
             spread = gaps(expected, again[-1], self._name)
             allowed = {what: max(allowed[what], SPREAD * spread[what]) for what in apart}
+        what = beyond(apart, allowed)
+        if what is not None and (names := _custom_functions(expected["the loss"])):
+            raise CaptureError(
+                f"the backward of a custom autograd.Function ({', '.join(names)}) is in no graph: "
+                f"captured and eager differ in {self._name}, {what}"
+            )
         refuse(apart, allowed, self._name)
+
+
+def _custom_functions(loss: Tensor | None) -> list[str]:
+    """Names of users' autograd functions that a loss was computed by."""
+    pending = [] if loss is None or loss.grad_fn is None else [loss.grad_fn]
+    seen: set[object] = set()
+    found: dict[str, None] = {}
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            found[type(node).__name__.removesuffix("Backward")] = None
+        pending += [after for after, _ in node.next_functions if after is not None]
+    return list(found)
 
 
 class _NoNumbers(Exception):

@@ -27,7 +27,7 @@ CAPTURED = (
     "autocast",
 )
 OPAQUE = {
-    "straight_through": "the gradient of enter.weight",
+    "straight_through": "the backward of a custom autograd.Function (Sign)",
     "python_random": "the loss by",
     "numpy_random": "the loss by",
     "python_counter": "attribute `calls` of the module",
