@@ -307,3 +307,45 @@ print(len(report.opaque))
     )
     assert done.stdout.strip() == "3"
     assert done.stderr == ""
+
+
+def test_a_loss_without_a_gradient_is_refused_as_the_plain_loop_raises(capturer):
+    with pytest.raises(ModelError, match=r"model 'm': its loss carries no gradient.*argmax"):
+        capture(capturer, "support.small:mlp", loss="support.losses:wrong_share")
+    frozen = small.mlp().requires_grad_(False)
+    with pytest.raises(ModelError, match="parameters that are all frozen"):
+        capture(capturer, frozen)
+
+
+def test_a_lightning_module_with_a_training_of_its_own_is_refused(capturer):
+    lightning = pytest.importorskip("pytorch_lightning")
+
+    class Own(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.body(x)
+
+    class Trained(Own):
+        def training_step(self, batch, index):
+            raise AssertionError("nobody calls this")
+
+    assert capture(capturer, Own()).graph is not None
+    with pytest.raises(ModelError, match=r"'m': Trained is a LightningModule whose training_step"):
+        capture(capturer, Trained())
+    assert capture(capturer, nn.Sequential(Trained())).graph is not None
+
+
+def test_lazy_instances_are_called_first_by_who_submits_them(capturer):
+    net = nn.Sequential(nn.LazyLinear(3))
+    with pytest.raises(ModelError, match=r"lazy parameters \(0.weight, 0.bias\); call it once"):
+        capture(capturer, net)
+    net(torch.zeros(1, 6))
+    assert capture(capturer, net).graph is not None
+
+
+def test_a_lazy_factory_that_fails_at_its_first_call_says_so(capturer):
+    with pytest.raises(ModelError, match=r"'m': a batch \(input \[16, 6\].*raised RuntimeError"):
+        capture(capturer, "torch.nn:LazyConv2d", {"out_channels": 2, "kernel_size": 3})
