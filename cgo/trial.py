@@ -6,13 +6,13 @@ Without a document, and inside a trial of NNI's, what to train is NNI's next par
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
-import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from cgo.errors import TrialError
@@ -20,6 +20,7 @@ from cgo.events import Event, encode
 from cgo.graph import ModelId
 from cgo.graph_data import GraphData
 from cgo.platforms.local import IMPORT_ROOTS, follow_parent
+from cgo.user_code import Terminated, terminate_on_signals
 
 #: The document this process was started with; read by `experiment_config` and `execute`.
 _current: GraphData | None = None
@@ -84,10 +85,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--events-fd", type=int, default=1, help="where event lines are written")
     parser.add_argument("--parent-fd", type=int, help="a pipe whose closing ends the trial")
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, _terminate)
+    if options.document is None and "NNI_PLATFORM" not in os.environ:
+        parser.error("a document is needed outside of NNI's trials")
+    faulthandler.enable(all_threads=False)  # the log then says which line of Python crashed
+    terminate_on_signals()
+    os.environ.setdefault(IMPORT_ROOTS, "")  # marks trials and what they start
+    try:
+        return _run(options)
+    except Terminated as ended:
+        return ended.code
+
+
+def _run(options: argparse.Namespace) -> int:
     if options.document is None:
-        if "NNI_PLATFORM" not in os.environ:
-            parser.error("a document is needed outside of NNI's trials")
         from cgo.nni.trial import run
 
         return run()
@@ -105,8 +115,15 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    raise SystemExit(143)
+#: Seconds in which what user code has left running may end.
+_LINGER_S = 10.0
+
+
+def leave_soon(code: int) -> None:
+    """End this process, whatever threads of user code do; its worker is wanted."""
+    timer = threading.Timer(_LINGER_S, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
 
 
 if __name__ == "__main__":
@@ -114,4 +131,6 @@ if __name__ == "__main__":
     # `cgo.trial.experiment_config()` would see the copy that has no document.
     from cgo import trial
 
-    sys.exit(trial.main())
+    code = trial.main()
+    trial.leave_soon(code)
+    sys.exit(code)
