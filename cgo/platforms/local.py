@@ -59,6 +59,7 @@ class _Running:
     worker: int
     process: subprocess.Popen[bytes]
     parent_fd: int  # closing it ends the trial
+    logged: int  # bytes that its log had before it began
     cancelled: bool = False
     reader: threading.Thread | None = None
 
@@ -136,6 +137,7 @@ class LocalPlatform:
         command = [*_python(self._module), str(request.folder / "graph.json"), *options]
         try:
             with (request.folder / "log.txt").open("ab") as log_file:
+                logged = log_file.tell()
                 process = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
@@ -152,7 +154,7 @@ class LocalPlatform:
         finally:
             os.close(events_write)
             os.close(parent_read)
-        return events_read, _Running(request, worker, process, parent_write)
+        return events_read, _Running(request, worker, process, parent_write, logged)
 
     def _follow(self, running: _Running, events: int) -> None:
         """Read a trial's events until it closes its end, then report its exit."""
@@ -290,7 +292,7 @@ def _obituary(running: _Running, code: int) -> str:
     path = running.request.folder / "log.txt"
     how = how_ended(code)
     text = f"trial {running.request.trial_id} ended with {how}; its log is {path}"
-    last = last_lines(path, LAST_LINES)
+    last = last_lines(path, LAST_LINES, running.logged)
     return f"{text}; last lines:\n{last}" if last else text
 
 
@@ -302,12 +304,18 @@ def how_ended(code: int) -> str:
     return f"exit code {code}" if code else "exit code 0, before its models had ended"
 
 
-def last_lines(path: Path, count: int) -> str:
-    """The end of a log, in lines of bounded length; nothing where there is none."""
+def last_lines(path: Path, count: int, start: int = 0) -> str:
+    """The end of a log, in lines of bounded length; nothing where there is none.
+
+    Args:
+        path: The log.
+        count: The most lines.
+        start: The byte from which it counts.
+    """
     if not path.exists():
         return ""
     with path.open("rb") as stream:  # of a log of any size
-        stream.seek(max(0, path.stat().st_size - 2**16))
+        stream.seek(max(start, path.stat().st_size - 2**16))
         lines = stream.read().decode(errors="replace").splitlines()[-count:]
     return "\n".join(f"{line[:_WIDEST]} ..." if len(line) > _WIDEST else line for line in lines)
 

@@ -78,6 +78,7 @@ def test_the_end_of_a_large_log_is_bounded(tmp_path):
     assert first == "one"
     assert second == "y" * 300 + " ..."
     assert third
+    assert last_lines(path, 3, path.stat().st_size - 2) == third
     assert last_lines(tmp_path / "none.txt", 3) == ""
 
 

@@ -42,17 +42,13 @@ class Crasher(nn.Module):
 
     def __init__(self, how, after=3, least=1):
         super().__init__()
-        self.body, self.how, self.after, self.least, self.steps = (
-            nn.Linear(6, 3),
-            how,
-            after,
-            least,
-            0,
-        )
+        self.body, self.how, self.after, self.least = nn.Linear(6, 3), how, after, least
+        # In its state, so that a trial that goes on crashes at the same step.
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x):
-        self.steps += self.training
-        if self.steps > self.after and company() >= self.least:
+        self.steps.add_(int(self.training))
+        if int(self.steps) > self.after and company() >= self.least:
             crash(self.how)
         out = self.body(x)
         return out * 2 if bool(out.sum() > 0) else out
