@@ -59,6 +59,7 @@ class _Part:
     models: list[Model]
     other: _Part | None = None  # the other half
     passed: bool = False  # its trial ran to its end
+    probe: bool = False  # a trial of no models: can there be any?
 
 
 @dataclass
@@ -68,6 +69,7 @@ class _Trial:
     part: _Part | None = None
     restarts: int = 0
     done: list[ModelId] = field(default_factory=list)  # models that ended before it crashed
+    spoke: bool = False  # it told something
     cancels: int = 0  # how often everything had been cancelled when it began
 
 
@@ -207,6 +209,8 @@ class Scheduler:
                 log.exception("an event could not be handled")
 
     def _dispatch(self, trial_id: TrialId, event: Event) -> None:
+        if (trial := self._trials.get(trial_id)) is not None:
+            trial.spoke = True
         self._demultiplexer.dispatch(trial_id, event)
 
     def _trial_ended(self, ended: TrialExit) -> None:
@@ -219,15 +223,24 @@ class Scheduler:
                 trial.part.passed = True
         elif ended.cancelled or self._closing or trial.cancels != self._cancels:
             self._finish(unfinished, "cancelled while it was trained", cancelled=True)
+        elif trial.part is not None and trial.part.probe:
+            self._after_probe(trial, unfinished, ended.error)
         else:
             error = ended.error or f"trial {ended.trial_id} ended before its models had"
             self._after_crash(trial, unfinished, error)
 
     def _after_crash(self, trial: _Trial, unfinished: list[Model], error: str) -> None:
-        """Go on from the checkpoint once; after that in halves, until the one at fault is alone."""
+        """Go on from the checkpoint once; after that in halves, until the one at fault is alone.
+
+        One that has not told a thing may have crashed for the machine's sake: where no trial can
+        run, there is no model to look for.
+        """
         log.warning("%s", error)
         with self._wake:
-            if trial.part is None and trial.restarts == 0:
+            first = trial.part is None and trial.restarts == 0
+            if first and not trial.spoke and len(unfinished) > 1:
+                self._crashed.append(_Part(trial.request, unfinished, probe=True))
+            elif first:
                 waiting = {id(model) for model in unfinished}
                 trial.done = [m.model_id for m in trial.models if id(m) not in waiting]
                 trial.restarts, trial.models = 1, unfinished
@@ -236,6 +249,16 @@ class Scheduler:
                 self._crashed.extend(_halves(trial.request, unfinished))
             else:
                 self._finish(unfinished, f"model {unfinished[0].model_id!r}: {error}")
+            self._wake.notify_all()
+
+    def _after_probe(self, trial: _Trial, waiting: list[Model], error: str | None) -> None:
+        """Look for the model at fault, or tell all that nothing can be trained here."""
+        assert trial.part is not None
+        if error is not None:
+            self._finish(waiting, f"not even a trial of no models runs here: {error}")
+            return
+        with self._wake:
+            self._crashed.extend(_halves(trial.part.whole, waiting))
             self._wake.notify_all()
 
     def _finish(self, models: Iterable[Model], error: str, *, cancelled: bool = False) -> None:
@@ -412,9 +435,9 @@ class Scheduler:
             return
         trial_id = self._store.next_trial_id()
         folder = Path(self._store.trial_folder(trial_id))
-        ids = [model.model_id for model in part.models]
+        ids = [] if part.probe else [model.model_id for model in part.models]
         document = take_part(part.whole.folder, folder, ids, trial_id)
-        report = {"models": len(part.models), "part_of": part.whole.trial_id}
+        report = {"models": len(ids), "part_of": part.whole.trial_id}
         self._store.add_trial(trial_id, [*ids, *document.aliases], report)
         request = replace(part.whole, trial_id=trial_id, folder=folder)
         self._launch(_Trial(request, part.models, part))

@@ -20,6 +20,7 @@ from cgo.events import Event, encode
 from cgo.graph import ModelId
 from cgo.graph_data import GraphData
 from cgo.platforms.local import IMPORT_ROOTS, follow_parent
+from cgo.reading import read_document
 from cgo.user_code import Terminated, terminate_on_signals
 
 #: The document this process was started with; read by `experiment_config` and `execute`.
@@ -76,6 +77,14 @@ def enter(graph_data: GraphData) -> None:
     _current = graph_data
 
 
+def begin(refused: Mapping[ModelId, str], report: Callable[[Event], None]) -> None:
+    """Tell that this process can be a trial, and which models cannot be part of it, and why."""
+    report(Event("", "trial", None, {"what": "begun"}))
+    for id_, error in refused.items():
+        ended = {"success": False, "error": error, "weights": None, "sha256": None}
+        report(Event(id_, "ended", None, ended))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a trial; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m cgo.trial", description=__doc__)
@@ -105,12 +114,14 @@ def _run(options: argparse.Namespace) -> int:
         follow_parent(options.parent_fd)
     roots = os.environ.get(IMPORT_ROOTS, "")
     sys.path[:0] = [root for root in roots.split(os.pathsep) if root and root not in sys.path]
-    enter(GraphData.read(options.document))
+    document, refused = read_document(options.document.read_bytes(), options.document.parent)
+    enter(document)
     with os.fdopen(options.events_fd, "w", buffering=1, closefd=False) as events:
 
         def report(event: Event) -> None:
             events.write(encode(event) + "\n")
 
+        begin(refused, report)
         execute(folder=options.document.parent, report=report)
     return 0
 

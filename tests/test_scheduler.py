@@ -20,11 +20,11 @@ WAIT_S = 120
 
 
 class Counted(LocalPlatform):
-    """Says how many trials were started, with which models, and how many ran at once."""
+    """Says which trials were started, and how many ran at once."""
 
-    def __init__(self, workers=1, module="support.scripted_trial"):
-        env = {"PYTHONPATH": str(Path(__file__).parent)}
-        super().__init__(workers, env=env, module=module)
+    def __init__(self, workers=1, **env):
+        env = {"PYTHONPATH": str(Path(__file__).parent), **env}
+        super().__init__(workers, env=env, module="support.scripted_trial")
         self.started, self.most = [], 0
 
     def submit(self, request):
@@ -80,7 +80,7 @@ def test_one_culprit_is_found_in_few_starts(count, place, tmp_path):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("epoch", [0, 1])
+@pytest.mark.parametrize("epoch", [-1, 0, 1])
 def test_every_way_of_ending_a_trial_is_a_crash(way, epoch, tmp_path):
     given = models(5, [3], script=way, epoch=epoch)
     started = search(tmp_path, given, Counted())
@@ -124,6 +124,16 @@ def test_models_that_ended_before_a_crash_are_left_alone(tmp_path):
         assert len(record.models) == record.report["models"]
         if record.trial_id != "t0000":
             assert record.report["part_of"] in trials
+
+
+def test_where_no_trial_can_run_no_model_is_looked_for(tmp_path):
+    given = models(8)
+    started = search(tmp_path, given, Counted(CGO_TEST_BROKEN="1"))
+    assert len(started) == 2
+    for each in given:
+        assert each.status is ModelStatus.FAILED
+        assert each.error.startswith("not even a trial of no models runs here: trial t0001 ended")
+        assert "SIGABRT" in each.error
 
 
 def test_an_alias_shares_its_twins_fate(tmp_path):

@@ -35,11 +35,18 @@ def main():
     parser.add_argument("--parent-fd", type=int)
     options = parser.parse_args()
     document = json.loads(options.document.read_text())
+    if os.environ.get("CGO_TEST_BROKEN"):
+        os.abort()
     models = {entry["id"]: entry["factory"]["kwargs"] for entry in document["models"]}
 
     def tell(model, kind, epoch=None, value=None):
         os.write(options.events_fd, (encode(Event(model, kind, epoch, value)) + "\n").encode())
 
+    for model, kwargs in models.items():
+        if kwargs.get("epoch") == -1:  # while it is imported
+            print(f"{model} crashes", flush=True)
+            crash(kwargs["script"])
+    tell("", "trial", None, {"what": "begun"})
     for model in models:
         tell(model, "started")
     for epoch in range(2):
