@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import threading
 
 import torch
 from torch import nn
@@ -72,6 +73,13 @@ def leaves_a_child():
         signal.pause()
     if company():
         os._exit(0)
+    return nn.Linear(6, 3)
+
+
+def never_ends():
+    """A factory that leaves a thread running in its trial, which Python waits for."""
+    if company():
+        threading.Thread(target=threading.Event().wait).start()
     return nn.Linear(6, 3)
 
 
