@@ -216,12 +216,13 @@ class Scheduler:
     def _trial_ended(self, ended: TrialExit) -> None:
         with self._wake:
             trial = self._trials.pop(ended.trial_id)
+            unfinished = [m for m in trial.models if not self._demultiplexer.ended(m.model_id)]
+            if trial.part is not None and not unfinished:
+                trial.part.passed = True  # before the planner comes to the other half
             self._wake.notify_all()
-        unfinished = [m for m in trial.models if not self._demultiplexer.ended(m.model_id)]
         if not unfinished:
-            if trial.part is not None:
-                trial.part.passed = True
-        elif ended.cancelled or self._closing or trial.cancels != self._cancels:
+            return
+        if ended.cancelled or self._closing or trial.cancels != self._cancels:
             self._finish(unfinished, "cancelled while it was trained", cancelled=True)
         elif trial.part is not None and trial.part.probe:
             self._after_probe(trial, unfinished, ended.error)

@@ -102,6 +102,7 @@ def test_a_script_without_a_guard_is_refused_when_its_model_is_made(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_a_module_of_a_package_that_is_run_by_its_name(tmp_path):
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "__init__.py").write_text("")
@@ -111,6 +112,7 @@ def test_a_module_of_a_package_that_is_run_by_its_name(tmp_path):
     assert (code, out) == (0, "this is __main__\nended trained None\n"), err
 
 
+@pytest.mark.long
 def test_a_script_in_a_package_that_is_run_by_its_path(tmp_path):
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "__init__.py").write_text("")
