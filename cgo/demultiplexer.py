@@ -18,6 +18,7 @@ from cgo.graph import ModelId
 from cgo.interface import AbstractGraphListener
 from cgo.model import Model, ModelStatus
 from cgo.platforms.base import TrialId
+from cgo.user_code import contained
 
 log = logging.getLogger(__name__)
 
@@ -68,13 +69,21 @@ class Demultiplexer:
     def dispatch(self, trial_id: TrialId, event: Event) -> None:
         """Take one event; late, repeated and unknown ones are logged and change nothing."""
         if event.kind == "trial":
-            self._record(trial_id, event)
+            self._write_down(trial_id, event)
             return
         if event.model not in self._tracks:
             log.warning("trial %s: event for unknown model %r", trial_id, event.model)
             return
         for id_ in (event.model, *self._aliases.get(event.model, ())):
             self._take(trial_id, replace(event, model=id_))
+
+    def _write_down(self, trial_id: TrialId, event: Event) -> None:
+        """Into the journal; one that cannot be written keeps nobody waiting."""
+        try:
+            self._record(trial_id, event)
+        except Exception:
+            log.exception("trial %s: %s of model %r is not in the journal",
+                          trial_id, event.kind, event.model)  # fmt: skip
 
     def wait(self, ids: Iterable[ModelId], timeout_s: float | None = None) -> bool:
         """Block until all these models have ended; False when the time ran out first."""
@@ -108,7 +117,7 @@ class Demultiplexer:
         if track.model.status is not ModelStatus.SUBMITTED:
             log.debug("trial %s: model %r started again", trial_id, event.model)
             return
-        self._record(trial_id, event)
+        self._write_down(trial_id, event)
         track.model.status = ModelStatus.TRAINING
 
     def _epoch(self, track: _Track, trial_id: TrialId, event: Event) -> None:
@@ -127,7 +136,7 @@ class Demultiplexer:
             self._tell_epoch(track, *ready)
 
     def _tell_epoch(self, track: _Track, trial_id: TrialId, event: Event) -> None:
-        self._record(trial_id, event)
+        self._write_down(trial_id, event)
         model = track.model
         model.status = ModelStatus.TRAINING
         model.history.append(dict(event.value))
@@ -146,7 +155,7 @@ class Demultiplexer:
             log.info("trial %s: repeated final metric of %r", trial_id, event.model)
             return
         self._flush(track)
-        self._record(trial_id, event)
+        self._write_down(trial_id, event)
         track.final = True
         track.model.metric = float(event.value)
         self._call("on_metric", track.model, track.model.metric)
@@ -158,7 +167,7 @@ class Demultiplexer:
             log.warning("model %r ended without its final metric", model.model_id)
             metric = model.intermediate_metrics[-1] if model.intermediate_metrics else float("nan")
             self._final(track, trial_id, Event(model.model_id, "final", None, metric))
-        self._record(trial_id, event)
+        self._write_down(trial_id, event)
         if success:
             model.status = ModelStatus.TRAINED
             model._load_state = self._load_state(trial_id, event.value)
@@ -175,7 +184,8 @@ class Demultiplexer:
     def _call(self, method: str, model: Model, value: float | bool) -> None:
         for listener in tuple(self._listeners):
             try:
-                getattr(listener, method)(model, value)
+                with contained:
+                    getattr(listener, method)(model, value)
             except Exception:
                 log.exception(
                     "listener %s.%s raised for model %r",

@@ -19,6 +19,7 @@ from cgo.errors import (
     BudgetExhaustedError,
     DuplicateModelError,
     EngineClosedError,
+    NestedEngineError,
     SpecError,
     WaitTimeoutError,
 )
@@ -34,10 +35,13 @@ from cgo.model import Model, ModelStatus
 from cgo.passes.batch_operators import BatchOperators
 from cgo.planner import MergeReport
 from cgo.platforms.base import Platform
-from cgo.platforms.local import LocalPlatform
+from cgo.platforms.local import GRACE_S, IMPORT_ROOTS, LocalPlatform
 from cgo.scheduler import Scheduler
 from cgo.store import Store, spec_of
 from cgo.tuning import Tuning
+
+#: Seconds in which what was interrupted may end: trials are killed after less.
+_CANCELLING_S = 2 * GRACE_S
 
 _FUSE_ALL = BatchOperators()
 _TUNED = Tuning()
@@ -58,6 +62,7 @@ class _Engine(AbstractExecutionEngine):
         tuning: How trials choose kernels, layouts and group sizes.
 
     Raises:
+        NestedEngineError: this process is a trial, or a worker of a loader.
         StoreError: the experiment cannot be opened, or another engine holds it.
     """
 
@@ -74,6 +79,7 @@ class _Engine(AbstractExecutionEngine):
         batch_operators: BatchOperators | None = _FUSE_ALL,
         tuning: Tuning = _TUNED,
     ) -> None:
+        refuse_inside_trial(type(self).__name__)
         self._import_paths = tuple(str(Path(path).resolve()) for path in import_paths)
         self._max_models, self._max_duration_s = max_models, max_duration_s
         self._started = time.monotonic()
@@ -178,7 +184,7 @@ class _Engine(AbstractExecutionEngine):
                 return
         except KeyboardInterrupt:
             self._scheduler.cancel_all()
-            self._scheduler.wait(ids, 30.0)
+            self._scheduler.wait(ids, _CANCELLING_S)
             raise
         left = [id_ for id_ in ids if not self._models[id_].status.ended]
         raise WaitTimeoutError(
@@ -267,6 +273,27 @@ class BaseExecutionEngine(_Engine):
     """Trains each model in a trial of its own: the baseline, and a base for other engines."""
 
     _merge = False
+
+
+def refuse_inside_trial(name: str) -> None:
+    """See that this process may have an engine.
+
+    Raises:
+        NestedEngineError: it is a trial, or a worker of a loader; says which module made one.
+    """
+    data = sys.modules.get("torch.utils.data")
+    worker = data is not None and data.get_worker_info() is not None
+    if IMPORT_ROOTS not in os.environ and not worker:
+        return
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_name != "<module>":
+        frame = frame.f_back
+    raise NestedEngineError(
+        f"a {name} was made inside {'a worker of a loader' if worker else 'a trial'}, by "
+        f"{frame.f_code.co_filename}, line {frame.f_lineno}: a trial imports the modules that its "
+        "models name, and this one runs a search when it is imported; put what submits models "
+        'under `if __name__ == "__main__":`, or into another file'
+    )
 
 
 def _new_folder() -> Path:

@@ -27,6 +27,10 @@ class ModelError(CgoError):
     """A model cannot be built or trained at all: its factory, forward or optimizer failed."""
 
 
+class UserExitError(ModelError):
+    """User code raised what ends a process or an iteration, such as `SystemExit`; names it."""
+
+
 class GraphError(CgoError):
     """A graph breaks one of the rules that `cgo.graph.verify` checks."""
 
@@ -69,6 +73,10 @@ class DuplicateModelError(CgoError):
 
 class EngineClosedError(CgoError):
     """The engine was used after `close`."""
+
+
+class NestedEngineError(CgoError):
+    """An engine was made inside a trial: a module runs its search when it is imported."""
 
 
 class BudgetExhaustedError(CgoError):

@@ -24,18 +24,23 @@ class Event:
     - "final": the model's metric, a float
     - "ended": {"success": bool, "error": str | None, "weights": path relative to the trial's
       folder | None, "sha256": hash of that file | None}; always the model's last event
-    - "trial" (model is ""): {"what": ..., ...figures}. Of the trial: "lowered", "progress",
-      "finished". Of its plan: "placed" (models on each device), "memory" (estimated bytes, and
-      those measured once there are any), "tuned". Of steps: "captured" (seconds), "eager" (why it
-      is not captured), "overlap" (calls on several streams), "compiled", "divided" (memory ran
-      out). "stems" has the bytes and the number of stored values and the models that read them, or
-      a reason why none are.
+    - "trial" (model is ""): {"what": ..., ...figures}. Of the trial: "begun", "lowered",
+      "progress", "checkpoint" (what it does not hold, and why), "finished". Of its plan: "placed"
+      (models on each device), "memory" (estimated bytes, and those measured once there are any),
+      "tuned". Of steps: "captured" (seconds), "eager" (why it is not captured), "overlap" (calls
+      on several streams), "compiled", "divided" (memory ran out). "stems" has the bytes and the
+      number of stored values and the models that read them, or a reason why none are.
     """
 
     model: ModelId
     kind: Kind
     epoch: int | None
     value: Any
+
+
+def is_finish(event: Event) -> bool:
+    """Whether this is what a trial tells when all its models have ended."""
+    return event.kind == "trial" and dict(event.value or {}).get("what") == "finished"
 
 
 def encode(event: Event) -> str:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import importlib
 import importlib.util
+import os
 import re
 import site
 import sys
 import sysconfig
+import tokenize
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from cgo.errors import ImportPathError
+from cgo.user_code import contained, told
 
 IMPORT_PATH = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")
 
@@ -29,8 +35,11 @@ def resolve(path: str, *, field: str = "import path") -> Any:
         path: The import path; `name` may be dotted (a class attribute).
         field: What the path was given for; named in errors.
 
+    A name of the script that runs stands for that script: it is not imported a second time.
+
     Raises:
-        ImportPathError: bad form, `__main__`, module not importable, or no such name.
+        ImportPathError: bad form, `__main__`, a script without a guard, module not importable, or
+            no such name.
     """
     if not is_import_path(path):
         raise ImportPathError(f"{field}: {path!r} is not of the form 'package.module:name'")
@@ -40,17 +49,98 @@ def resolve(path: str, *, field: str = "import path") -> Any:
             f"{field}: {path!r} lives in the script being run, which a trial cannot import; "
             "move it to a module of its own and name that"
         )
+    names = attribute.split(".")
     try:
-        found: Any = importlib.import_module(module_name)
+        with contained:
+            found: Any = _module(module_name, names[0])
+            for name in names:
+                found = getattr(found, name, _MISSING)
     except Exception as error:
         raise ImportPathError(
-            f"{field}: cannot import {module_name!r} of {path!r}: {type(error).__name__}: {error}"
+            f"{field}: cannot import {module_name!r} of {path!r}: {told(error)}"
         ) from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise ImportPathError(f"{field}: module {module_name!r} has no {attribute!r}")
-        found = getattr(found, part)
+    if found is _MISSING:
+        raise ImportPathError(f"{field}: module {module_name!r} has no {attribute!r}")
+    if _is_running(module_name) and not _has_guard(_running_file()):
+        raise ImportPathError(
+            f"{field}: {path!r} lives in the script being run, {_running_file()}, which would run "
+            "again when a trial imports it; put what runs the search under `if __name__ == "
+            f'"__main__":`, or move {attribute!r} to a module of its own and name that'
+        )
     return found
+
+
+_MISSING = object()
+
+
+def _module(name: str, attribute: str) -> Any:
+    """The module, without waiting for an import of it that has come as far as the attribute.
+
+    Another thread may be importing it: one that waits for a search that the module itself runs.
+    """
+    module = loaded(name)
+    if module is None or not (hasattr(module, attribute) or _is_running(name)):
+        return importlib.import_module(name)
+    return module
+
+
+def loaded(name: str) -> ModuleType | None:
+    """The module that has a name, if it is there already: also the script that runs, by its own."""
+    return sys.modules["__main__"] if _is_running(name) else sys.modules.get(name)
+
+
+def _running_file() -> str | None:
+    """The file of the script that runs; None in notebooks and of `python -c`."""
+    return getattr(sys.modules.get("__main__"), "__file__", None)
+
+
+def _is_running(name: str) -> bool:
+    """Whether a module's name means the script that runs."""
+    file = _running_file()
+    if file is None:
+        return False
+    if getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", None) == name:
+        return True  # python -m
+    try:
+        with contained:
+            module = sys.modules.get(name)
+            spec = None if module is not None else importlib.util.find_spec(name)
+            found = getattr(module, "__file__", None) if spec is None else spec.origin
+            return found is not None and os.path.samefile(found, file)
+    except Exception:  # there is no such module, or no such file: importing it will say so
+        return False
+
+
+@functools.cache
+def _has_guard(file: str | None) -> bool:
+    """Whether a script does anything depending on its name's being `__main__`, outside functions.
+
+    One that cannot be read as Python is taken to.
+    """
+    try:
+        with tokenize.open(str(file)) as stream:
+            pending: list[ast.AST] = [ast.parse(stream.read())]
+    except (OSError, SyntaxError, ValueError):
+        return True
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Compare):
+            parts = list(ast.walk(node))
+            named = any(isinstance(part, ast.Name) and part.id == "__name__" for part in parts)
+            if named and any(getattr(part, "value", None) == "__main__" for part in parts):
+                return True
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
+            pending += ast.iter_child_nodes(node)
+    return False
+
+
+def _spec_of(name: str) -> Any:
+    """Where a module comes from; None where nothing says so, as of one made by a program."""
+    module = sys.modules.get(name)
+    try:
+        return getattr(module, "__spec__", None) or importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return None
 
 
 def import_roots(paths: Iterable[str]) -> tuple[str, ...]:
@@ -70,8 +160,7 @@ def import_roots(paths: Iterable[str]) -> tuple[str, ...]:
     roots: dict[str, None] = {}
     for path in paths:
         top = path.partition(":")[0].partition(".")[0]
-        module = sys.modules.get(top)
-        spec = getattr(module, "__spec__", None) or importlib.util.find_spec(top)
+        spec = _spec_of(top)
         if spec is None:
             continue
         places = list(spec.submodule_search_locations or ()) or [spec.origin]

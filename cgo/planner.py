@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import logging
-import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from cgo import weights
 from cgo.capture import Captured, Capturer, Examples
-from cgo.errors import CgoError
+from cgo.errors import CgoError, EngineClosedError, UserExitError
 from cgo.graph import Graph, ModelId
 from cgo.graph_data import FileRef, GraphData, ModelEntry, file_sha256
+from cgo.imports import loaded
 from cgo.model import DataSpec, Model, as_json, digest_of
 from cgo.passes.alias_models import AliasModels, find_aliases
 from cgo.passes.batch_operators import BatchOperators
@@ -29,6 +31,7 @@ from cgo.passes.pipeline import run_pipeline
 from cgo.passes.place import Need, estimate_needs
 from cgo.passes.unmerged import Family, unmerged
 from cgo.runtime.placing import state_bytes
+from cgo.user_code import contained, told, where
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +71,11 @@ class Plan:
 
 
 class Planner:
-    """Plans trials; captures are cached across them."""
+    """Plans trials; captures are cached across them.
+
+    A model that cannot be captured, estimated or written is a failure with an error of its own,
+    and never of the others.
+    """
 
     def __init__(
         self, merge: bool = True, batch_operators: BatchOperators | None = _FUSE_ALL
@@ -83,6 +90,8 @@ class Planner:
         self._passes = () if batch_operators is None else (batch_operators,)
         self._capturer = Capturer()
         self._examples: dict[str, Examples] = {}
+        self._refused: dict[str, Exception] = {}  # what their data raised, in this capture
+        self._stopped = threading.Event()
         self._captured: dict[ModelId, Captured] = {}  # early
         self._failed: dict[ModelId, str] = {}  # why an early capture could not be
         self._capture_s = 0.0
@@ -91,33 +100,40 @@ class Planner:
         """A digest of all that decides a model's result; equal content means an equal result.
 
         A factory counts with its arguments and the source file it stands in; an instance with its
-        captured graph and weights.
+        captured graph and weights. One that cannot be captured is like no other.
         """
-        common = [as_json(model.data), as_json(model.training), model.seed]
-        named = [model.data.source, model.training.loss]
-        named += [model.data.augment] if model.data.augment else []
-        common += [_source_hash(path) for path in named]
         if isinstance(model.module, str):
-            return digest_of([model.module, _source_hash(model.module), model.kwargs, *common])
-        try:
-            captured = self._capture(model)
-        except CgoError:
-            log.debug("model %s has no content digest", model.model_id, exc_info=True)
+            return _digest(model, None)
+        self.capture([model])
+        captured = self._captured.get(model.model_id)
+        if captured is None:
             return digest_of(["unique", model.model_id])
-        self._captured[model.model_id] = captured
-        return digest_of([captured.digest, *common])
+        return _digest(model, captured)
 
     def capture(self, models: Sequence[Model]) -> None:
-        """Capture models before the trials that train them are planned; `plan` says what failed."""
+        """Capture models before the trials that train them are planned; `plan` says what failed.
+
+        Raises:
+            EngineClosedError: `stop` was called.
+        """
         started = time.perf_counter()
+        self._refused = {}
         for model in models:
             id_ = model.model_id
-            if id_ not in self._captured and id_ not in self._failed:
-                try:
+            if id_ in self._captured or id_ in self._failed:
+                continue
+            if self._stopped.is_set():
+                raise EngineClosedError("the engine is closed; nothing more is captured")
+            try:
+                with contained:
                     self._captured[id_] = self._capture(model)
-                except CgoError as error:
-                    self._failed[id_] = str(error)
+            except Exception as error:
+                self._failed[id_] = _failure(id_, "capturing it", error)
         self._capture_s += time.perf_counter() - started
+
+    def stop(self) -> None:
+        """Let `capture` end after the model that it is at; from another thread."""
+        self._stopped.set()
 
     def fitting(self, models: Sequence[Model], most_bytes: float) -> list[Model]:
         """The first of the models that one trial can hold in memory; at least one.
@@ -132,14 +148,24 @@ class Planner:
         self.capture(models)
         state = largest = 0
         for count, model in enumerate(models):
-            captured = self._captured.get(model.model_id)
-            if captured is None:  # a failure, which takes no memory
+            need = self._need(model.model_id)
+            if need is None:  # a failure, which takes no memory
                 continue
-            need = _need(captured)
             state, largest = state + need.state_bytes, max(largest, need.step_bytes)
             if count and state + largest > most_bytes:
                 return list(models[:count])
         return list(models)
+
+    def _need(self, id_: ModelId) -> Need | None:
+        captured = self._captured.get(id_)
+        if captured is None:
+            return None
+        try:
+            return _need(captured)
+        except Exception as error:
+            del self._captured[id_]
+            self._failed[id_] = _failure(id_, "estimating its memory", error)
+            return None
 
     def captured(self) -> dict[ModelId, Captured]:
         """What was captured early and is not planned yet."""
@@ -158,12 +184,32 @@ class Planner:
             models: What the trial is to train.
             folder: The trial's own folder.
             experiment: JSON settings that the trial reads with `cgo.trial.experiment_config`.
+
+        Raises:
+            Exception: the models cannot be planned together, for whatever reason a pass had. Fewer
+                of them may: what was captured is kept for another call.
         """
         captured, failures = self._capture_all(models)
+        try:
+            return self._planned(models, captured, failures, folder, experiment or {})
+        except Exception:
+            self._captured |= captured
+            self._failed |= failures
+            raise
+
+    def _planned(
+        self,
+        models: Sequence[Model],
+        captured: Mapping[ModelId, Captured],
+        failures: dict[ModelId, str],
+        folder: Path,
+        experiment: Mapping[str, Any],
+    ) -> Plan:
         capture_s, self._capture_s = self._capture_s, 0.0
         started = time.perf_counter()
         kept = [model for model in models if model.model_id in captured]
-        aliases = self._aliases(kept) if self._merge else {}
+        entries, aliases = self._entries(kept, captured, failures, folder)
+        kept = [model for model in kept if model.model_id not in failures]
         counts: list[tuple[str, int, int]] = []
         graph = self._merged([captured[model.model_id] for model in kept], aliases, counts)
         merge_s = time.perf_counter() - started
@@ -171,8 +217,43 @@ class Planner:
         if not kept:
             return Plan(None, report, failures)
         trained = [model for model in kept if model.model_id not in aliases]
-        data = self._write(trained, captured, aliases, graph, folder, experiment or {})
+        data = _write(trained, entries, captured, aliases, graph, folder, experiment)
         return Plan(data, report, failures)
+
+    def _entries(
+        self,
+        models: Sequence[Model],
+        captured: Mapping[ModelId, Captured],
+        failures: dict[ModelId, str],
+        folder: Path,
+    ) -> tuple[dict[ModelId, ModelEntry], dict[ModelId, ModelId]]:
+        """The document's entries of models, with their files written, and the aliases.
+
+        What fails is added to `failures`; the next model that equals it is then tried itself.
+        """
+        contents: dict[ModelId, str] = {}
+        for model in models:
+            with self._noting(model.model_id, "telling what it is", failures):
+                contents[model.model_id] = _digest(model, captured[model.model_id])
+        entries: dict[ModelId, ModelEntry] = {}
+        while True:
+            alive = {id_: content for id_, content in contents.items() if id_ not in failures}
+            aliases = find_aliases(alive) if self._merge else {}
+            missing = [id_ for id_ in alive if id_ not in aliases and id_ not in entries]
+            if not missing:
+                return entries, aliases
+            for id_ in missing:
+                with self._noting(id_, "writing its start", failures):
+                    entries[id_] = _entry(captured[id_], folder)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _noting(id_: ModelId, doing: str, failures: dict[ModelId, str]) -> Iterator[None]:
+        """Make what is raised the failure of one model."""
+        try:
+            yield
+        except Exception as error:
+            failures[id_] = _failure(id_, doing, error)
 
     def _capture_all(
         self, models: Sequence[Model]
@@ -186,12 +267,17 @@ class Planner:
         return self._capturer.capture(model, self._examples_of(model.data))
 
     def _examples_of(self, spec: DataSpec) -> Examples:
-        if spec.digest not in self._examples:
-            self._examples[spec.digest] = Examples.of(spec)
-        return self._examples[spec.digest]
-
-    def _aliases(self, models: Sequence[Model]) -> dict[ModelId, ModelId]:
-        return find_aliases({model.model_id: self.content(model) for model in models})
+        key = spec.digest
+        if key in self._refused:
+            raise self._refused[key]  # by other models' capture: it is not opened for each
+        if key not in self._examples:
+            try:
+                with contained:
+                    self._examples[key] = Examples.of(spec)
+            except Exception as error:
+                self._refused[key] = error
+                raise
+        return self._examples[key]
 
     def _merged(
         self,
@@ -215,42 +301,65 @@ class Planner:
 
         return run_pipeline(graph, passes, count)
 
-    def _write(
-        self,
-        models: Sequence[Model],
-        captured: Mapping[ModelId, Captured],
-        aliases: Mapping[ModelId, ModelId],
-        graph: Graph,
-        folder: Path,
-        experiment: Mapping[str, Any],
-    ) -> GraphData:
-        folder.mkdir(parents=True, exist_ok=True)
-        entries: list[ModelEntry] = []
-        constants: dict[str, Tensor] = {}
-        for model in models:
-            item = captured[model.model_id]
-            entry = item.entry
-            if item.state is not None:
-                file = _write_tensors(folder, f"start/{entry.id}.safetensors", item.state)
-                entry = replace(entry, weights=file)
-            if item.begun is not None:
-                file = _write_tensors(folder, f"start/{entry.id}.begun.safetensors", item.begun)
-                entry = replace(entry, begun=file)
-            entries.append(entry)
-            constants |= item.constants
-        data = GraphData(
-            models=tuple(entries),
-            data={model.data.digest: model.data for model in models},
-            graph=graph,
-            constants=_write_tensors(folder, "constants.safetensors", constants)
-            if constants
-            else None,
-            aliases=dict(aliases),
-            experiment=dict(experiment),
-            base=folder,
-        )
-        data.write(folder / "graph.json")
-        return data
+
+def _failure(id_: ModelId, doing: str, error: Exception) -> str:
+    """A model's own error, which names it."""
+    log.debug("model %r: %s failed", id_, doing, exc_info=error)
+    if isinstance(error, CgoError) and not isinstance(error, UserExitError):
+        text = str(error)
+        return text if repr(id_) in text else f"model {id_!r}: {text}"
+    return f"model {id_!r}: {doing} raised {told(error)} ({where(error)})"
+
+
+def _digest(model: Model, captured: Captured | None) -> str:
+    """See `Planner.content`; an instance has been captured."""
+    common = [as_json(model.data), as_json(model.training), model.seed]
+    named = [model.data.source, model.training.loss]
+    named += [model.data.augment] if model.data.augment else []
+    common += [_source_hash(path) for path in named]
+    if isinstance(model.module, str):
+        return digest_of([model.module, _source_hash(model.module), model.kwargs, *common])
+    assert captured is not None
+    return digest_of([captured.digest, *common])
+
+
+def _entry(captured: Captured, folder: Path) -> ModelEntry:
+    """A model's entry in the document, with the files that it starts from."""
+    entry = captured.entry
+    if captured.state is not None:
+        file = _write_tensors(folder, f"start/{entry.id}.safetensors", captured.state)
+        entry = replace(entry, weights=file)
+    if captured.begun is not None:
+        file = _write_tensors(folder, f"start/{entry.id}.begun.safetensors", captured.begun)
+        entry = replace(entry, begun=file)
+    return entry
+
+
+def _write(
+    models: Sequence[Model],
+    entries: Mapping[ModelId, ModelEntry],
+    captured: Mapping[ModelId, Captured],
+    aliases: Mapping[ModelId, ModelId],
+    graph: Graph,
+    folder: Path,
+    experiment: Mapping[str, Any],
+) -> GraphData:
+    """The trial's document, written into its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    constants: dict[str, Tensor] = {}
+    for model in models:
+        constants |= captured[model.model_id].constants
+    data = GraphData(
+        models=tuple(entries[model.model_id] for model in models),
+        data={model.data.digest: model.data for model in models},
+        graph=graph,
+        constants=_write_tensors(folder, "constants.safetensors", constants) if constants else None,
+        aliases=dict(aliases),
+        experiment=dict(experiment),
+        base=folder,
+    )
+    data.write(folder / "graph.json")
+    return data
 
 
 def _need(captured: Captured) -> Need:
@@ -268,7 +377,7 @@ def _write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> Fi
 
 def _source_hash(path: str) -> str:
     """A hash of the file in which an import path's module stands; "" for anything else."""
-    module = sys.modules.get(path.partition(":")[0])
+    module = loaded(path.partition(":")[0])
     try:
         file = inspect.getsourcefile(module) if module is not None else None
         return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""

@@ -79,7 +79,7 @@ class TrialRecord:
 
     trial_id: TrialId
     models: tuple[ModelId, ...]
-    report: Mapping[str, Any]  # a MergeReport as JSON
+    report: Mapping[str, Any]  # a MergeReport as JSON; of a crashed trial's part: "part_of" which
     started_at: float  # seconds since the epoch
 
 

@@ -6,13 +6,13 @@ Without a document, and inside a trial of NNI's, what to train is NNI's next par
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
-import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from cgo.errors import TrialError
@@ -20,6 +20,8 @@ from cgo.events import Event, encode
 from cgo.graph import ModelId
 from cgo.graph_data import GraphData
 from cgo.platforms.local import IMPORT_ROOTS, follow_parent
+from cgo.reading import read_document
+from cgo.user_code import Terminated, terminate_on_signals
 
 #: The document this process was started with; read by `experiment_config` and `execute`.
 _current: GraphData | None = None
@@ -75,6 +77,14 @@ def enter(graph_data: GraphData) -> None:
     _current = graph_data
 
 
+def begin(refused: Mapping[ModelId, str], report: Callable[[Event], None]) -> None:
+    """Tell that this process can be a trial, and which models cannot be part of it, and why."""
+    report(Event("", "trial", None, {"what": "begun"}))
+    for id_, error in refused.items():
+        ended = {"success": False, "error": error, "weights": None, "sha256": None}
+        report(Event(id_, "ended", None, ended))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a trial; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m cgo.trial", description=__doc__)
@@ -84,10 +94,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--events-fd", type=int, default=1, help="where event lines are written")
     parser.add_argument("--parent-fd", type=int, help="a pipe whose closing ends the trial")
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, _terminate)
+    if options.document is None and "NNI_PLATFORM" not in os.environ:
+        parser.error("a document is needed outside of NNI's trials")
+    faulthandler.enable(all_threads=False)  # the log then says which line of Python crashed
+    terminate_on_signals()
+    os.environ.setdefault(IMPORT_ROOTS, "")  # marks trials and what they start
+    try:
+        return _run(options)
+    except Terminated as ended:
+        return ended.code
+
+
+def _run(options: argparse.Namespace) -> int:
     if options.document is None:
-        if "NNI_PLATFORM" not in os.environ:
-            parser.error("a document is needed outside of NNI's trials")
         from cgo.nni.trial import run
 
         return run()
@@ -95,18 +114,27 @@ def main(arguments: list[str] | None = None) -> int:
         follow_parent(options.parent_fd)
     roots = os.environ.get(IMPORT_ROOTS, "")
     sys.path[:0] = [root for root in roots.split(os.pathsep) if root and root not in sys.path]
-    enter(GraphData.read(options.document))
+    document, refused = read_document(options.document.read_bytes(), options.document.parent)
+    enter(document)
     with os.fdopen(options.events_fd, "w", buffering=1, closefd=False) as events:
 
         def report(event: Event) -> None:
             events.write(encode(event) + "\n")
 
+        begin(refused, report)
         execute(folder=options.document.parent, report=report)
     return 0
 
 
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    raise SystemExit(143)
+#: Seconds in which what user code has left running may end.
+_LINGER_S = 10.0
+
+
+def leave_soon(code: int) -> None:
+    """End this process, whatever threads of user code do; its worker is wanted."""
+    timer = threading.Timer(_LINGER_S, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
 
 
 if __name__ == "__main__":
@@ -114,4 +142,6 @@ if __name__ == "__main__":
     # `cgo.trial.experiment_config()` would see the copy that has no document.
     from cgo import trial
 
-    sys.exit(trial.main())
+    code = trial.main()
+    trial.leave_soon(code)
+    sys.exit(code)

@@ -40,8 +40,11 @@ def save(
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={"aliases": json.dumps(dict(aliases or {}))})
-    os.replace(partial, path)
+    try:
+        save_file(tensors, partial, metadata={"aliases": json.dumps(dict(aliases or {}))})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)  # a full disk keeps no part of it
 
 
 def load(path: Path) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from cgo.imports import resolve
 from cgo.model import DataSpec
 from cgo.runtime.leaves import Leaves, call_arguments, named_leaves
 from cgo.runtime.randomness import mixed_seed, seeded
+from cgo.user_code import contained, told
 
 
 class Augmentation:
@@ -30,7 +31,7 @@ class Augmentation:
 
     def __init__(self, spec: DataSpec, device: torch.device) -> None:
         self._spec = spec
-        self._module = _built(spec).to(device)
+        self._module = _built(spec, device)
 
     def __call__(self, leaves: Leaves, epoch: int, batch: int) -> Leaves:
         """A training batch with its inputs augmented.
@@ -45,12 +46,12 @@ class Augmentation:
         """
         positional, named = call_arguments(leaves)
         try:
-            with seeded(mixed_seed(self._spec.seed, epoch, batch)), torch.no_grad():
+            with seeded(mixed_seed(self._spec.seed, epoch, batch)), torch.no_grad(), contained:
                 output = self._module(*positional, **named)
         except Exception as error:
             raise DataError(
-                f"augment {self._spec.augment} raised {type(error).__name__} in batch {batch} of "
-                f"epoch {epoch}: {error}"
+                f"augment {self._spec.augment}, in batch {batch} of epoch {epoch}, raised "
+                f"{told(error)}"
             ) from error
         return {**leaves, **self._checked(output, leaves)}
 
@@ -75,14 +76,15 @@ class Augmentation:
         return changed
 
 
-def _built(spec: DataSpec) -> nn.Module:
+def _built(spec: DataSpec, device: torch.device) -> nn.Module:
     assert spec.augment is not None
     factory = resolve(spec.augment, field="augment")
     try:
-        with seeded(spec.seed):
+        with seeded(spec.seed), contained:
             module = factory(**spec.augment_kwargs)
+            placed = module.to(device) if isinstance(module, nn.Module) else None
     except Exception as error:
-        raise DataError(f"augment {spec.augment} raised {type(error).__name__}: {error}") from error
-    if not isinstance(module, nn.Module):
+        raise DataError(f"augment {spec.augment} raised {told(error)}") from error
+    if placed is None:
         raise DataError(f"augment {spec.augment} returned a {type(module).__name__}, no nn.Module")
-    return module
+    return placed

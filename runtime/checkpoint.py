@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cgo.errors import TrialError
+from cgo.graph import ModelId
+from cgo.user_code import told
+
+log = logging.getLogger(__name__)
 
 NAME = "checkpoint.pt"
 VERSION = 1
@@ -25,14 +33,73 @@ def save(folder: Path, members: dict[str, Any]) -> None:
         TrialError: the disk is full, or the folder cannot be written; it says which.
     """
     partial = folder / f"{NAME}.partial"
-    with partial.open("wb") as stream:
-        try:
+    try:
+        with partial.open("wb") as stream:
             torch.save({"version": VERSION, "members": members}, stream)
             stream.flush()
             os.fsync(stream.fileno())
-        except (OSError, RuntimeError) as error:
-            raise TrialError(f"cannot write checkpoint {partial}: {_reason(error)}") from error
-    os.replace(partial, folder / NAME)
+        os.replace(partial, folder / NAME)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):  # a full disk keeps no part of it
+            partial.unlink(missing_ok=True)
+        raise TrialError(f"cannot write checkpoint {partial}: {_reason(error)}") from error
+
+
+def check(record: Any) -> None:
+    """See that a member's record could be read again.
+
+    Raises:
+        TrialError: it holds what `load` refuses, such as an object of a class of the user's.
+    """
+    stream = io.BytesIO()
+    try:
+        torch.save(record, stream)
+        stream.seek(0)
+        torch.load(stream, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise TrialError(f"its record cannot be written and read: {told(error)}") from error
+
+
+def take(source: Path, target: Path, models: Collection[ModelId]) -> None:
+    """Give a trial that goes on with some of another's models their part of its checkpoint.
+
+    Args:
+        source: The other trial's folder. Without a checkpoint that can be read, there is none in
+            `target` either: the models start from the beginning.
+        target: The trial's own folder.
+        models: What it trains.
+    """
+    try:
+        records = load(source) or {}
+    except TrialError as error:
+        log.warning("%s; models %s start anew", error, ", ".join(sorted(models)))
+        return
+    if kept := {id_: record for id_, record in records.items() if id_ in models}:
+        save(target, kept)
+
+
+def end(folder: Path, models: Collection[ModelId]) -> None:
+    """Let a trial that goes on pass over models whose end was told after its checkpoint.
+
+    Args:
+        folder: The trial's folder; without a checkpoint it gets one.
+        models: Those that have ended.
+    """
+    if not models:
+        return
+    try:
+        records = load(folder) or {}
+    except TrialError as error:  # the trial itself will say so
+        log.warning("%s", error)
+        return
+    told_ended = {"success": False, "error": "ended before", "weights": None, "sha256": None}
+    late = {
+        id_: {"history": [], "ended": told_ended}
+        for id_ in models
+        if records.get(id_, {}).get("ended") is None
+    }
+    if late:
+        save(folder, records | late)
 
 
 def _reason(error: BaseException) -> BaseException:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from cgo.errors import CgoError, DataError
+from cgo.errors import CgoError, DataError, ImportPathError
 from cgo.graph import Graph, ModelId
 from cgo.graph_data import GraphData
 from cgo.runtime.data import Leaves, Loader, open_data, target_of
@@ -18,6 +18,7 @@ from cgo.runtime.member import Member
 from cgo.runtime.meters import EvaluationMeter
 from cgo.runtime.stems import StemStore, plan_stems
 from cgo.runtime.tuning import Tuner
+from cgo.user_code import contained, told
 
 log = logging.getLogger(__name__)
 
@@ -90,16 +91,23 @@ class Cohort:
             self._train(loader, behind, members)
             members = [member for member in members if member.running]
             rows = self._evaluate(loader, members) if members else {}
-        except DataError as error:
+        except (DataError, ImportPathError) as error:
             self._fail_all(members, error)
             return
         seconds = time.perf_counter() - started
         for member in members:
             if member.running:
-                member.updater.end_epoch()
-                member.end_epoch(rows[member.id], seconds)
+                self._end_epoch(member, rows[member.id], seconds)
             if not member.running:
                 self._forget(member.id)
+
+    def _end_epoch(self, member: Member, row: dict[str, float], seconds: float) -> None:
+        try:
+            member.updater.end_epoch()
+        except Exception as error:
+            self._fail(member, error)
+        else:
+            member.end_epoch(row, seconds)
 
     def _open(self) -> Loader:
         if self._loader is None:
@@ -149,14 +157,13 @@ class Cohort:
             lanes.sync()
         self._stems, self.lanes = None, self._made(self._graph)
 
-    def _fail_all(self, members: Sequence[Member], error: DataError) -> None:
+    def _fail_all(self, members: Sequence[Member], error: CgoError) -> None:
         for member in members:
             if member.running:
                 self._fail(member, error)
 
     def _fail(self, member: Member, error: Exception) -> None:
-        text = str(error) if isinstance(error, CgoError) else f"{type(error).__name__}: {error}"
-        member.fail(text)
+        member.fail(str(error) if isinstance(error, CgoError) else told(error))
         self._forget(member.id)
 
     def _forget(self, model: ModelId) -> None:
@@ -203,7 +210,8 @@ class Cohort:
                         if isinstance(outcome, Exception):
                             raise outcome
                         target = target_of(there)
-                        meters[model].add(outcome.loss, outcome.prediction, target, size)
+                        with contained:
+                            meters[model].add(outcome.loss, outcome.prediction, target, size)
                     except Exception as error:
                         self._fail(self.members[model], error)
         return self._values(meters)
@@ -213,7 +221,8 @@ class Cohort:
         for id_, meter in meters.items():
             if self.members[id_].running:
                 try:
-                    rows[id_] = meter.values()
+                    with contained:
+                        rows[id_] = meter.values()
                 except Exception as error:
                     self._fail(self.members[id_], error)
         return rows

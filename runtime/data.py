@@ -20,6 +20,7 @@ from cgo.runtime.prefetch import Copied, Source
 from cgo.runtime.randomness import preserved_random_state, seed_all
 from cgo.runtime.resident import Resident, bytes_of
 from cgo.runtime.samples import Samples
+from cgo.user_code import contained, told
 
 __all__ = [
     "DataSets",
@@ -46,12 +47,32 @@ class DataSets:
     @property
     def train_sizes(self) -> tuple[int, ...]:
         """Samples in each training batch of an epoch."""
-        return _batch_sizes(len(self.train), self.spec.batch_size, self.spec.drop_last)
+        return _batch_sizes(self.train_samples, self.spec.batch_size, self.spec.drop_last)
 
     @property
     def validation_sizes(self) -> tuple[int, ...]:
         """Samples in each validation batch."""
-        return _batch_sizes(len(self.validation), self.spec.batch_size, False)
+        return _batch_sizes(self.validation_samples, self.spec.batch_size, False)
+
+    @property
+    def train_samples(self) -> int:
+        """How many samples there are to train on."""
+        return _length(self.spec, "training", self.train)
+
+    @property
+    def validation_samples(self) -> int:
+        """How many samples there are to evaluate on."""
+        return _length(self.spec, "validation", self.validation)
+
+
+def _length(spec: DataSpec, name: str, data: Any) -> int:
+    try:
+        with contained:
+            return len(data)
+    except Exception as error:
+        raise DataError(
+            f"source {spec.source}: the length of the {name} data set raised {told(error)}"
+        ) from error
 
 
 def _batch_sizes(samples: int, batch_size: int, drop_last: bool) -> tuple[int, ...]:
@@ -68,11 +89,11 @@ def open_data(spec: DataSpec) -> DataSets:
     """
     source = resolve(spec.source, field="source")
     try:
-        with preserved_random_state():
+        with preserved_random_state(), contained:
             seed_all(spec.seed)
             found = source(**spec.kwargs)
     except Exception as error:
-        raise DataError(f"source {spec.source} raised {type(error).__name__}: {error}") from error
+        raise DataError(f"source {spec.source} raised {told(error)}") from error
     if not isinstance(found, (tuple, list)) or len(found) != 2:
         raise DataError(
             f"source {spec.source} returned {type(found).__name__}; "
@@ -84,14 +105,15 @@ def open_data(spec: DataSpec) -> DataSets:
                 f"source {spec.source}: the {name} data set is a {type(data).__name__} without "
                 "__len__ and __getitem__; give a map-style data set"
             )
-        if len(data) == 0:
+        if _length(spec, name, data) == 0:
             raise DataError(f"source {spec.source}: the {name} data set is empty")
-    if spec.batch_size > len(found[0]):
+    data_sets = DataSets(spec, found[0], found[1])
+    if spec.batch_size > (samples := data_sets.train_samples):
         raise DataError(
             f"source {spec.source}: batch_size {spec.batch_size} is larger than the training data "
-            f"({len(found[0])} samples); use at most {len(found[0])}"
+            f"({samples} samples); use at most {samples}"
         )
-    return DataSets(spec, found[0], found[1])
+    return data_sets
 
 
 _CPU = torch.device("cpu")
@@ -143,7 +165,7 @@ class Loader:
     def train(self, epoch: int) -> Iterator[tuple[int, Leaves]]:
         """The epoch's batches as (samples, leaves), on the device, augmented."""
         sizes = self.data.train_sizes
-        order = epoch_order(self.data.spec, len(self.data.train), epoch)[: sum(sizes)]
+        order = epoch_order(self.data.spec, self.data.train_samples, epoch)[: sum(sizes)]
         batches = self._source("train").batches(epoch, order, sizes)
         for number, (leaves, size) in enumerate(zip(batches, sizes)):
             yield size, self._augmented(leaves, epoch, number)
@@ -151,7 +173,7 @@ class Loader:
     def validation(self) -> Iterator[tuple[int, Leaves]]:
         """All validation samples, in order."""
         sizes = self.data.validation_sizes
-        order = torch.arange(len(self.data.validation))
+        order = torch.arange(self.data.validation_samples)
         for leaves, size in zip(self._source("validation").batches(0, order, sizes), sizes):
             yield size, leaves
 
@@ -159,7 +181,7 @@ class Loader:
         """The first batch of epoch 0, cut to `size` samples; no other sample is read."""
         order = torch.arange(size)
         if split == "train":
-            order = epoch_order(self.data.spec, len(self.data.train), 0)[:size]
+            order = epoch_order(self.data.spec, self.data.train_samples, 0)[:size]
         found = next(self._on_host(split).batches(0, order, (size,)))
         leaves = {name: moved(leaf, self.device) for name, leaf in found.items()}
         return self._augmented(leaves, 0, 0) if split == "train" else leaves
@@ -197,10 +219,11 @@ class Loader:
     def _read(self, split: str, limit_bytes: int) -> Resident:
         """Every sample once, as epoch 0 reads it."""
         data, spec = self._set(split), self.data.spec
-        sizes = _batch_sizes(len(data), spec.batch_size, False)
+        count = self.data.train_samples if split == "train" else self.data.validation_samples
+        sizes = _batch_sizes(count, spec.batch_size, False)
         samples = Samples(data, split, spec, pin=False, keep_workers=False)
-        chunks = samples.batches(0, torch.arange(len(data)), sizes)
-        return Resident.read(chunks, len(data), self.device, limit_bytes)
+        chunks = samples.batches(0, torch.arange(count), sizes)
+        return Resident.read(chunks, count, self.device, limit_bytes)
 
     def _on_host(self, split: str) -> Source:
         if split not in self._host:

@@ -206,8 +206,9 @@ class MergedLanes:
         A model that has diverged and is to end for it stays as it is.
         """
         without = frozenset(model for model in models if self.members[model].diverged)
+        failures: dict[ModelId, Exception] = {}
         if self.updates is not None and set(models) == set(self._packed_for):
-            self.updates.step(without)
+            failures = self.updates.step(without)
             rest = [model for model in models if not self.updates.covers(model)]
         else:
             self.hand_out_gradients()
@@ -215,7 +216,7 @@ class MergedLanes:
             rest = list(models)
         if rest:
             self.hand_out_gradients()
-        failures = self.step_alone([model for model in rest if model not in without])
+        failures |= self.step_alone([model for model in rest if model not in without])
         if self.scaling is not None:
             self.scaling.update(models)
         return failures

@@ -12,11 +12,14 @@ from cgo import weights
 from cgo.events import Event
 from cgo.graph import ModelId
 from cgo.graph_data import GraphData, ModelEntry, file_sha256
+from cgo.model import loss_function
 from cgo.private.trees import tree_map_only
+from cgo.runtime import checkpoint
 from cgo.runtime.meters import LossMeter
 from cgo.runtime.optimizers import Updater
 from cgo.runtime.scaling import LossScale
 from cgo.runtime.state import ModelState
+from cgo.user_code import told
 
 Report = Callable[[Event], None]
 
@@ -33,6 +36,8 @@ class Member:
         self.ended: dict[str, Any] | None = None
         self._report = report
         self.state = ModelState(entry, data, device)
+        # Of one that was captured, it is part of the graph.
+        self.loss = None if entry.opaque is None else loss_function(entry.training.loss)
         self.updater = Updater(entry.training, self.state.parameters())
         self.scale = LossScale.of(entry.training, device)
         self.train_loss = LossMeter()
@@ -82,7 +87,11 @@ class Member:
     def _succeed(self, metric: float) -> None:
         path = self.folder / "weights" / f"{self.id}.safetensors"
         tensors, aliases = self.state.state_dict()
-        weights.save(path, tensors, aliases)
+        try:
+            weights.save(path, tensors, aliases)
+        except Exception as error:
+            self.fail(f"its weights cannot be written: {told(error)}")
+            return
         self._tell("final", None, metric)
         relative = path.relative_to(self.folder).as_posix()
         self._end(
@@ -97,16 +106,25 @@ class Member:
         self._report(Event(self.id, kind, epoch, value))
 
     def dump(self) -> dict[str, Any]:
-        """The member for a checkpoint; an ended one keeps only its record."""
+        """The member for a checkpoint; an ended one keeps only its record.
+
+        Raises:
+            TrialError: its optimizer or scheduler keeps what a checkpoint cannot hold.
+            Exception: whatever that raised.
+        """
         record: dict[str, Any] = {"history": self.history, "ended": self.ended}
         if self.running:
             scheduler = self.updater.scheduler
             record["state"] = self.state.dump()
             # A packed model's tensors are views: saved as they are, they would take all of a pack.
-            optimizer = self.updater.optimizer.state_dict()
-            record["optimizer"] = tree_map_only(torch.Tensor, torch.clone, optimizer)
+            optimizer = self.updater.optimizer
+            state = optimizer.state_dict()
+            record["optimizer"] = tree_map_only(torch.Tensor, torch.clone, state)
             record["scheduler"] = None if scheduler is None else scheduler.state_dict()
             record["scale"] = None if self.scale is None else self.scale.dump()
+            own = [type(part).__module__ for part in (optimizer, scheduler) if part is not None]
+            if not all(module.startswith("torch.") for module in own):
+                checkpoint.check(record)
         return record
 
     def load(self, record: dict[str, Any]) -> None:

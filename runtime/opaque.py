@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from cgo.model import loss_function
 from cgo.runtime.bound import Outcome, Result
 from cgo.runtime.data import Leaves, preserved_random_state
 from cgo.runtime.member import Member
 from cgo.runtime.scaling import Scaling, seeds
 from cgo.runtime.state import RandomState
 from cgo.runtime.step import autocast, compute, eval_mode
+from cgo.user_code import contained
 
 
 class OpaqueLane:
@@ -22,19 +22,21 @@ class OpaqueLane:
 
     def __init__(self, member: Member) -> None:
         assert member.state.module is not None
+        assert member.loss is not None
         self.member = member
         self._module = member.state.module
         self._training = member.entry.training
         self._scaling = Scaling.of({member.id: member.scale})
-        self._loss = loss_function(self._training.loss)
+        self._loss = member.loss
 
     def train(self, leaves: Leaves) -> Outcome:
         """The loss, after its backward."""
         try:
-            result = self._compute(leaves)
-            if result.loss.requires_grad:
-                self._backward(result.loss)
-            return result
+            with contained:
+                result = self._compute(leaves)
+                if result.loss.requires_grad:
+                    self._backward(result.loss)
+                return result
         except Exception as error:
             return error
 
@@ -56,7 +58,7 @@ class OpaqueLane:
     def evaluate(self, leaves: Leaves) -> Outcome:
         """The loss and the prediction in evaluation mode."""
         try:
-            with eval_mode(self._module), torch.no_grad():
+            with contained, eval_mode(self._module), torch.no_grad():
                 return self._compute(leaves)
         except Exception as error:
             return error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from functools import cache
 
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from cgo.errors import ModelError
 from cgo.model import TrainingSpec, optimizer_class, scheduler_class
+from cgo.user_code import contained, told
+
+log = logging.getLogger(__name__)
 
 
 class Updater:
@@ -22,59 +26,78 @@ class Updater:
         self.parameters = list(parameters)
         _check_dtypes(training, self.parameters)
         try:
-            self.optimizer = optimizer_class(training.optimizer)(
-                self.parameters, **training.optimizer_kwargs
-            )
-            self.scheduler = None
-            if training.scheduler is not None:
-                self.scheduler = scheduler_class(training.scheduler)(
-                    self.optimizer, **training.scheduler_kwargs
+            with contained:
+                self.optimizer = optimizer_class(training.optimizer)(
+                    self.parameters, **training.optimizer_kwargs
                 )
+                self.scheduler = None
+                if training.scheduler is not None:
+                    self.scheduler = scheduler_class(training.scheduler)(
+                        self.optimizer, **training.scheduler_kwargs
+                    )
         except Exception as error:
             raise ModelError(
                 f"optimizer {training.optimizer} or scheduler {training.scheduler} raised "
-                f"{type(error).__name__}: {error}"
+                f"{told(error)}"
             ) from error
 
+        self._failed: Exception | None = None  # what zero_grad raised, until the step
         self._plain_zero_grad = type(self.optimizer).zero_grad is torch.optim.Optimizer.zero_grad
 
     @property
     def lr(self) -> float:
-        """The first parameter group's learning rate."""
-        return float(self.optimizer.param_groups[0]["lr"])
+        """The first parameter group's learning rate; NaN for an optimizer that has none."""
+        rate = self.optimizer.param_groups[0].get("lr")
+        return float("nan") if rate is None else float(rate)
 
     def zero_grad(self) -> None:
-        """Forget the last step's gradients."""
-        if self._plain_zero_grad:  # the same effect, without a profiler record a step
-            for parameter in self.parameters:
-                parameter.grad = None
-        else:
-            self.optimizer.zero_grad()
+        """Forget the last step's gradients; what the optimizer's own way raises, `step` raises."""
+        if not self._plain_zero_grad:
+            try:
+                with contained:
+                    self.optimizer.zero_grad()
+                return
+            except Exception as error:
+                self._failed = error
+        for parameter in self.parameters:  # the same effect, without a profiler record a step
+            parameter.grad = None
 
     def step(self, *, skip: bool = False) -> None:
         """Clip this model's own gradients, update, and step the scheduler.
 
         Args:
             skip: Leave out all but the scheduler, for a step whose gradients have overflowed.
+
+        Raises:
+            Exception: whatever the optimizer or the scheduler raised.
         """
+        if self._failed is not None:
+            raise self._failed
         if skip:
             # What schedulers look at to warn of a missing optimizer step.
             self.optimizer._opt_called = True  # type: ignore[attr-defined]
         else:
             if self.training.grad_clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(self.parameters, self.training.grad_clip_norm)
-            self.optimizer.step()
+            with contained:
+                self.optimizer.step()
         self.step_scheduler()
 
     def step_scheduler(self) -> None:
-        """Step a scheduler that goes by steps."""
+        """Step a scheduler that goes by steps; raises what it raises."""
         if self.scheduler is not None and self.training.scheduler_interval == "step":
-            self.scheduler.step()
+            with contained:
+                self.scheduler.step()
 
     def end_epoch(self) -> None:
-        """Step a scheduler that goes by epochs."""
+        """Step a scheduler that goes by epochs; raises what it raises."""
         if self.scheduler is not None and self.training.scheduler_interval == "epoch":
-            self.scheduler.step()
+            with contained:
+                self.scheduler.step()
+
+
+#: What an optimizer is taken to keep that cannot be tried: as much as Adam.
+_UNKNOWN_MOMENTS = 2.0
 
 
 def moments_of(training: TrainingSpec) -> float:
@@ -84,12 +107,17 @@ def moments_of(training: TrainingSpec) -> float:
 
 @cache
 def _moments(optimizer: str, kwargs: str) -> float:
-    """Seen of a true optimizer of a small parameter."""
+    """Seen of a true optimizer of a small parameter; of one that refuses it, what Adam keeps."""
     parameter = torch.nn.Parameter(torch.zeros(16, 16))
     parameter.grad = torch.zeros_like(parameter)
-    small = optimizer_class(optimizer)([parameter], **json.loads(kwargs))
-    small.step()
-    kept = [value for value in small.state[parameter].values() if isinstance(value, Tensor)]
+    try:
+        with contained:
+            small = optimizer_class(optimizer)([parameter], **json.loads(kwargs))
+            small.step()
+            kept = [value for value in small.state[parameter].values() if isinstance(value, Tensor)]
+    except Exception as error:
+        log.debug("what %s keeps of a parameter is not known: %s", optimizer, told(error))
+        return _UNKNOWN_MOMENTS
     return sum(value.numel() for value in kept if value.ndim) / parameter.numel()
 
 

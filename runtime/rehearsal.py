@@ -9,6 +9,7 @@ Source of the way: `torch.distributed._tools.mem_tracker`.
 
 from __future__ import annotations
 
+import logging
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cgo.errors import ModelError
 from cgo.graph import ModelId, TensorType
 from cgo.model import TrainingSpec
 from cgo.private.dispatch_modes import TorchDispatchMode
@@ -31,6 +33,8 @@ from cgo.runtime.lower import Lowered
 from cgo.runtime.optimizers import Updater, moments_of
 from cgo.runtime.packing import Pack, rehome
 from cgo.runtime.updates import Updates
+
+log = logging.getLogger(__name__)
 
 #: Sizes that allocators round up to, in bytes, by type of device.
 _BLOCKS = {"cuda": 512}
@@ -179,10 +183,7 @@ def rehearse_update(
         learned += [p for place, p in own.items() if place in learning and id(p) not in packed]
         for leaf in learned:
             leaf.grad = torch.empty_like(leaf)
-        updaters = {
-            model: _updater(training, [p for place, p in own.items() if place[0] == model])
-            for model, training in trainings.items()
-        }
+        updaters = _updaters(own, trainings)
         live = LiveBytes(device_type)
         live.hold(learned, counted=True)
         live.hold([leaf.grad for leaf in learned if leaf.grad is not None], counted=True)
@@ -208,8 +209,18 @@ def _leaf(own: Mapping[Place, Tensor], pack: Pack) -> tuple[Tensor, list[Tensor]
     return leaf.requires_grad_(True), lanes
 
 
-def _updater(training: TrainingSpec, parameters: Sequence[Tensor]) -> Updater:
-    return Updater(replace(training, scheduler=None, scheduler_kwargs={}), parameters)
+def _updaters(
+    own: Mapping[Place, Tensor], trainings: Mapping[ModelId, TrainingSpec]
+) -> dict[ModelId, Updater]:
+    """Of optimizers that can be made of tensors without values; the others step by themselves."""
+    found: dict[ModelId, Updater] = {}
+    for model, training in trainings.items():
+        plain = replace(training, scheduler=None, scheduler_kwargs={})
+        try:
+            found[model] = Updater(plain, [p for place, p in own.items() if place[0] == model])
+        except ModelError as error:
+            log.debug("model %s is not rehearsed: %s", model, error)
+    return found
 
 
 def _with_others(

@@ -15,6 +15,7 @@ from cgo.errors import DataError
 from cgo.model import DataSpec
 from cgo.runtime.leaves import Leaves, flatten
 from cgo.runtime.randomness import mixed_seed, preserved_random_state, seed_all
+from cgo.user_code import contained, told
 
 
 class Samples:
@@ -34,6 +35,7 @@ class Samples:
     def __init__(
         self, data: Any, split: str, spec: DataSpec, *, pin: bool, keep_workers: bool = True
     ) -> None:
+        self._split = split
         self._plan = _Plan()
         self._loader: DataLoader[Any] = DataLoader(
             _Sampled(data, spec.seed, split),
@@ -52,8 +54,29 @@ class Samples:
         batches is then not the one that forks, nor the one that must hear of a worker's death.
         """
         self._plan.set(epoch, order.split(list(sizes)))
-        with _out_of_reach():
-            return map(flatten, iter(self._loader))
+        try:
+            with _out_of_reach():
+                return self._flat(iter(self._loader))
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def _flat(self, batches: Iterator[Any]) -> Iterator[Leaves]:
+        """Batches as leaves; what befalls a loader's workers is an error of its data, too."""
+        while True:
+            try:
+                with contained:
+                    batch = next(batches, None)
+                    leaves = None if batch is None else flatten(batch)
+            except DataError:
+                raise
+            except Exception as error:
+                raise self._failed(error) from error
+            if leaves is None:
+                return
+            yield leaves
+
+    def _failed(self, error: Exception) -> DataError:
+        return DataError(f"loading the {self._split} data raised {told(error)}")
 
 
 @contextlib.contextmanager
@@ -106,11 +129,11 @@ class _Sampled(Dataset[Any]):
     def _read(self, epoch: int, index: int) -> Any:
         seed_all(mixed_seed(self.seed, epoch, index))
         try:
-            return self.data[index]
+            with contained:
+                return self.data[index]
         except Exception as error:
-            raise DataError(
-                f"sample {index} of the {self.split} data raised {type(error).__name__}: {error}"
-            ) from error
+            text = f"sample {index} of the {self.split} data raised {told(error)}"
+            raise DataError(text) from error
 
 
 def collate(samples: Sequence[Any]) -> Any:
@@ -120,9 +143,10 @@ def collate(samples: Sequence[Any]) -> Any:
         DataError: the samples cannot be stacked.
     """
     try:
-        return default_collate(list(samples))
+        with contained:
+            return default_collate(list(samples))
     except Exception as error:
         raise DataError(
-            f"samples cannot be stacked into a batch: {error}; every sample must be an "
+            f"samples cannot be stacked into a batch: {told(error)}; every sample must be an "
             "(input, target) pair of tensors (or tuples or dicts of them) of equal shapes"
         ) from error

@@ -16,6 +16,7 @@ from cgo.errors import ModelError
 from cgo.graph_data import GraphData, ModelEntry
 from cgo.imports import resolve
 from cgo.runtime.data import preserved_random_state, seed_all
+from cgo.user_code import contained, told
 
 
 def build_module(
@@ -31,9 +32,10 @@ def build_module(
     with preserved_random_state():
         seed_all(seed)
         try:
-            module = factory(**kwargs)
+            with contained:
+                module = factory(**kwargs)
         except Exception as error:
-            raise ModelError(f"factory {target} raised {type(error).__name__}: {error}") from error
+            raise ModelError(f"factory {target} raised {told(error)}") from error
         if not isinstance(module, nn.Module):
             raise ModelError(f"factory {target} returned a {type(module).__name__}, no nn.Module")
         if precision == "float64":

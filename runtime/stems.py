@@ -154,9 +154,9 @@ class StemStore:
         """
         self._split, self._at, self._filled = split, 0, 0
         if split == "train":
-            self._order = epoch_order(self._data.spec, len(self._data.train), epoch)
+            self._order = epoch_order(self._data.spec, self._data.train_samples, epoch)
         else:
-            self._order = torch.arange(len(self._data.validation))
+            self._order = torch.arange(self._data.validation_samples)
 
     def extend(self, leaves: Leaves, size: int) -> Leaves:
         """The next batch of the pass with the stem's values added.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cgo import weights
-from cgo.errors import CgoError
+from cgo.errors import CgoError, TrialError, UserExitError
 from cgo.events import Event
 from cgo.graph import ModelId
 from cgo.graph_data import GraphData, ModelEntry
@@ -25,6 +26,9 @@ from cgo.runtime.precision import tf32
 from cgo.runtime.record import Record
 from cgo.runtime.tuning import make_tuner
 from cgo.tuning import Tuning
+from cgo.user_code import contained, told
+
+log = logging.getLogger(__name__)
 
 #: The file of a trial's folder that holds its lowering choices.
 RECORD = "lowering.json"
@@ -82,12 +86,13 @@ class _Trial:
         started = time.perf_counter()
         self.data, self.folder, self.report = data, folder, report
         self.members: dict[ModelId, Member] = {}
+        self._not_kept: set[ModelId] = set()  # told already
         places = place_models(data, devices, self._tell)
+        records = checkpoint.load(folder) or {}
         for entry in data.models:
-            member = self._member(entry, places.devices[entry.id])
+            member = self._resumed(entry, places.devices[entry.id], records.get(entry.id))
             if member is not None:
                 self.members[entry.id] = member
-        self._resume()
         constants = self._constants()
         record = Record(folder / RECORD, devices[0], tuning.record)
         tuner = partial(make_tuner, tuning, record=record, tell=self._tell)
@@ -101,17 +106,29 @@ class _Trial:
 
     def _member(self, entry: ModelEntry, device: torch.device) -> Member | None:
         try:
-            return Member(entry, self.data, device, self.folder, self.report)
-        except CgoError as error:
-            ended = {"success": False, "error": str(error), "weights": None, "sha256": None}
+            with contained:
+                return Member(entry, self.data, device, self.folder, self.report)
+        except Exception as error:
+            named = isinstance(error, CgoError) and not isinstance(error, UserExitError)
+            text = str(error) if named else f"building it raised {told(error)}"
+            ended = {"success": False, "error": text, "weights": None, "sha256": None}
             self.report(Event(entry.id, "ended", None, ended))
             return None
 
-    def _resume(self) -> None:
-        records = checkpoint.load(self.folder) or {}
-        for id_, member in self.members.items():
-            if id_ in records:
-                member.load(records[id_])
+    def _resumed(
+        self, entry: ModelEntry, device: torch.device, record: dict[str, Any] | None
+    ) -> Member | None:
+        """The model as its checkpoint has it; from its start where that cannot be loaded."""
+        member = self._member(entry, device)
+        if member is None or record is None:
+            return member
+        try:
+            with contained:
+                member.load(record)
+            return member
+        except Exception as error:
+            log.warning("model %r starts anew: its checkpoint raised %s", entry.id, told(error))
+            return self._member(entry, device)
 
     def _constants(self) -> dict[str, Tensor]:
         if self.data.constants is None:
@@ -133,8 +150,28 @@ class _Trial:
                 if cohort.running():
                     cohort.epoch()
                 cohort.sync()
-            checkpoint.save(self.folder, {id_: m.dump() for id_, m in self.members.items()})
+            self._save()
         self._tell("finished")
+
+    def _save(self) -> None:
+        """Write the checkpoint, without what cannot be kept: that is only missed after a crash."""
+        records: dict[ModelId, Any] = {}
+        for id_, member in self.members.items():
+            try:
+                with contained:
+                    records[id_] = member.dump()
+            except Exception as error:
+                self._miss(id_, f"model {id_!r} is in no checkpoint: {told(error)}")
+        try:
+            checkpoint.save(self.folder, records)
+        except TrialError as error:
+            self._miss("", f"{error}; training goes on without it")
+
+    def _miss(self, model: ModelId, reason: str) -> None:
+        if model not in self._not_kept:
+            self._not_kept.add(model)
+            log.warning("%s", reason)
+            self._tell("checkpoint", reason=reason)
 
     def metrics(self) -> dict[ModelId, float]:
         """Final metrics of what was trained."""

@@ -219,3 +219,36 @@ def test_any_interleaving_with_repeats_equals_the_plain_streams(case):
     found = Bench(*messy).feed(mixed)
     assert [facts(each) for each in messy] == [facts(each) for each in plain]
     assert found.calls.seen == expected.calls.seen
+
+
+@pytest.mark.parametrize("raised", [SystemExit(3), KeyboardInterrupt(), GeneratorExit()])
+def test_a_listener_that_leaves_is_logged_and_the_thread_goes_on(raised, caplog):
+    a = model("a")
+    bench = Bench(a)
+
+    class Leaves(Calls):
+        def on_intermediate_metric(self, model, metric):
+            raise raised
+
+    bench.demultiplexer.register(Leaves())
+    thread = threading.Thread(target=lambda: bench.feed(stream("a", [0.1])))
+    thread.start()
+    thread.join()
+    assert a.status is ModelStatus.TRAINED
+    assert f"{type(raised).__name__}" in caplog.text
+    assert bench.calls.seen["a"][-1] == ("end", True)
+
+
+def test_a_journal_that_cannot_be_written_keeps_nobody_waiting(caplog):
+    def full(trial, event):
+        raise OSError("no space left")
+
+    a = model("a")
+    demultiplexer = Demultiplexer(full, lambda trial, ended: lambda: {})
+    demultiplexer.add(a)
+    for event in stream("a", [0.1, 0.2]):
+        demultiplexer.dispatch("t", event)
+    assert demultiplexer.wait(["a"], 0)
+    assert facts(a)[:3] == (ModelStatus.TRAINED, 0.2, [0.1, 0.2])
+    assert "ended of model 'a' is not in the journal" in caplog.text
+    assert "no space left" in caplog.text

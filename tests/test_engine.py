@@ -373,3 +373,49 @@ def test_models_that_do_not_fit_together_are_trained_by_further_trials(tmp_path)
         assert all(found.metric is not None for found in models)
         counts = [report.models for report in engine._scheduler.reports]
     assert counts == [1, 1, 1]  # one is tried in any case
+
+
+def test_an_engine_inside_a_trial_or_a_loaders_worker_is_refused(tmp_path, monkeypatch):
+    class Makes(torch.utils.data.Dataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            try:
+                cgo.CGOEngine(tmp_path / "worker")
+            except cgo.errors.NestedEngineError as error:
+                return str(error)
+            return "made"
+
+    (told,) = next(iter(torch.utils.data.DataLoader(Makes(), num_workers=1)))
+    assert told.startswith("a CGOEngine was made inside a worker of a loader, by ")
+    monkeypatch.setenv("CGO_IMPORT_ROOTS", "")
+    for kind in (cgo.CGOEngine, cgo.BaseExecutionEngine, get_execution_engine):
+        with pytest.raises(cgo.errors.NestedEngineError, match=r"made inside a trial, by .*, line"):
+            kind(experiment_dir=tmp_path / "trial")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_submitted_after_everything_was_cancelled_are_trained(tmp_path):
+    slow = cgo.DataSpec("support.small:slow_points", {"delay_s": 0.01}, batch_size=8)
+    before, after = model("before", data=slow, epochs=1000), model("after", epochs=1)
+    with cgo.CGOEngine(tmp_path) as engine:
+        engine.submit_models(before)
+        engine._scheduler.cancel_all()
+        engine.submit_models(after)
+        engine.wait_models(timeout_s=WAIT_S)
+    assert before.status is ModelStatus.CANCELLED
+    assert after.status is ModelStatus.TRAINED
+
+
+def test_a_thread_that_user_code_leaves_running_does_not_keep_the_worker(tmp_path):
+    first, second = (
+        model("first", "support.crashers:never_ends", epochs=1),
+        model("second", epochs=1),
+    )
+    with cgo.CGOEngine(tmp_path) as engine:
+        engine.submit_models(first)
+        engine.wait_models(first, timeout_s=WAIT_S)
+        engine.submit_models(second)
+        engine.wait_models(second, timeout_s=WAIT_S)
+    assert first.status is second.status is ModelStatus.TRAINED

@@ -1,9 +1,12 @@
 """How many models a trial can hold, and captures that one planner hands to another."""
 
 import pytest
+from support import awkward, small
 from support.merged import Case
 
+import cgo
 from cgo.bench.families import FAMILIES
+from cgo.errors import EngineClosedError
 from cgo.graph import dump
 from cgo.planner import Planner
 
@@ -47,3 +50,123 @@ def test_adopted_captures_give_the_plan_that_capturing_gives(tmp_path):
     assert dump(adopted.graph_data.graph) == dump(own.graph_data.graph)
     assert adopted.graph_data.models == own.graph_data.models
     assert second.captured() == {}
+
+
+# --- a model that cannot be planned is its own failure, and no other's ---------------------------
+
+
+def points(**fields):
+    return cgo.DataSpec("support.small:points", batch_size=20, **fields)
+
+
+def model(id_, module="support.small:mlp", kwargs=None, data=None, **training):
+    spec = cgo.TrainingSpec(metrics=("accuracy",), epochs=1, **training)
+    return cgo.Model(module, kwargs, data=data or points(), training=spec, model_id=id_)
+
+
+def planned(plan):
+    return [] if plan.graph_data is None else [entry.id for entry in plan.graph_data.models]
+
+
+def test_whatever_is_wrong_with_a_module_is_told_of_it_alone(tmp_path):
+    given = [model("good")]
+    for how in awkward.WAYS:
+        given.append(model(f"factory-{how}", "support.awkward:awkward", {"how": how}))
+        given.append(model(f"instance-{how}", awkward.awkward(how)))
+    plan = Planner().plan([*given, model("better", kwargs={"hidden": 5})], tmp_path)
+    assert {"good", "better", "factory-repr", "instance-repr"} <= set(planned(plan))
+    for id_, error in plan.failures.items():
+        assert error.startswith(f"model {id_!r}: ")
+    assert "raised SystemExit: 5 (" in plan.failures["factory-exits"]
+    assert "awkward.py" in plan.failures["factory-exits"]
+    assert "RuntimeError: no named_parameters" in plan.failures["instance-named_parameters"]
+    assert len(planned(plan)) + len(plan.failures) == len(given) + 1
+
+
+def test_contents_of_what_cannot_be_captured_are_told_once_and_are_like_no_other():
+    planner = Planner()
+    bad = [model(f"bad{n}", awkward.awkward("modules")) for n in range(2)]
+    first, second = map(planner.content, bad)
+    assert first != second
+    assert planner.captured() == {}
+
+
+def test_bad_data_are_opened_once_for_all_their_models(tmp_path):
+    data = cgo.DataSpec("support.awkward:bad_points", batch_size=20)
+    given = [model(f"m{n}", data=data, kwargs={"hidden": 3 + n}) for n in range(4)]
+    awkward.OPENED.clear()
+    planner = Planner()
+    plan = planner.plan([*given, model("good")], tmp_path)
+    assert len(awkward.OPENED) == 1
+    assert planned(plan) == ["good"]
+    for each in given:
+        error = plan.failures[each.model_id]
+        assert error.startswith(
+            f"model {each.model_id!r}: source support.awkward:bad_points raised"
+        )
+    planner.plan([model("again", data=data)], tmp_path / "again")
+    assert len(awkward.OPENED) == 2  # it may have been mended meanwhile
+
+
+def test_what_cannot_be_estimated_is_told_of_it_alone(tmp_path, monkeypatch):
+    from cgo import planner as module
+
+    def need(captured):
+        if captured.entry.id == "m1":
+            raise ZeroDivisionError("no bytes")
+        return true(captured)
+
+    true = module._need
+    monkeypatch.setattr(module, "_need", need)
+    given = [model(f"m{n}", kwargs={"hidden": 3 + n}) for n in range(3)]
+    planner = Planner()
+    assert planner.fitting(given, 1e12) == given
+    plan = planner.plan(given, tmp_path)
+    assert planned(plan) == ["m0", "m2"]
+    assert "'m1': estimating its memory raised ZeroDivisionError: no bytes (" in plan.failures["m1"]
+
+
+def test_an_optimizer_that_refuses_to_be_tried_is_estimated_all_the_same(tmp_path):
+    odd = model("odd", optimizer="support.awkward:Optimizer", optimizer_kwargs={"lr": 0.1})
+    planner = Planner()
+    assert planner.fitting([odd], 1e12) == [odd]
+    assert planned(planner.plan([odd], tmp_path)) == ["odd"]
+
+
+def test_a_start_that_cannot_be_written_fails_its_model_and_not_an_equal_one(tmp_path):
+    (tmp_path / "start" / "bad.safetensors").mkdir(parents=True)  # no file can be put there
+    nets = [small.mlp(), small.mlp(hidden=5)]
+    given = [model("bad", nets[0]), model("other", nets[1]), model("equal", nets[0])]
+    plan = Planner().plan(given, tmp_path)
+    assert planned(plan) == ["other", "equal"]
+    assert plan.failures["bad"].startswith(
+        "model 'bad': writing its start raised IsADirectoryError"
+    )
+    assert plan.graph_data.aliases == {}
+    plan.graph_data.check_files()
+
+
+def test_a_plan_that_fails_keeps_what_was_captured(tmp_path, monkeypatch):
+    from cgo import planner as module
+
+    def broken(*args):
+        raise ZeroDivisionError("no pass")
+
+    planner = Planner()
+    given = [model("good"), model("bad", "support.awkward:awkward", {"how": "modules"})]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "merge", broken)
+        with pytest.raises(ZeroDivisionError):
+            planner.plan(given, tmp_path)
+    assert set(planner.captured()) == {"good"}
+    monkeypatch.setattr(planner, "_capture", broken)  # nothing is captured again
+    plan = planner.plan(given, tmp_path)
+    assert planned(plan) == ["good"]
+    assert "no modules" in plan.failures["bad"]
+
+
+def test_a_stopped_planner_captures_nothing_more():
+    planner = Planner()
+    planner.stop()
+    with pytest.raises(EngineClosedError):
+        planner.capture([model("late")])

@@ -27,7 +27,7 @@ from nni.runtime.trial_command_channel import (
     set_default_trial_command_channel,
 )
 
-from cgo.engine import CGOEngine
+from cgo.engine import CGOEngine, refuse_inside_trial
 from cgo.errors import BudgetExhaustedError, CgoError, EngineClosedError, SpecError
 from cgo.graph import ModelId
 from cgo.imports import import_roots
@@ -35,6 +35,7 @@ from cgo.interface import AbstractGraphListener, MetricData
 from cgo.model import Model
 from cgo.nni.translate import NotTranslated, Translator
 from cgo.platforms.base import Platform
+from cgo.user_code import contained, told
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class CGOExecutionEngine(ExecutionEngine):  # type: ignore[misc]
 
     Raises:
         SpecError: `merge_size` or `concurrency` are below 1.
+        NestedEngineError: this process is a trial, or a worker of a loader.
 
     Example:
         .. code-block:: python
@@ -82,6 +84,7 @@ class CGOExecutionEngine(ExecutionEngine):  # type: ignore[misc]
         seed: int = 0,
         **engine_options: Any,
     ) -> None:
+        refuse_inside_trial(type(self).__name__)
         super().__init__()
         if merge_size < 1 or concurrency < 1:
             raise SpecError(f"merge_size {merge_size}, concurrency {concurrency}; at least 1")
@@ -159,7 +162,8 @@ class CGOExecutionEngine(ExecutionEngine):  # type: ignore[misc]
     def _take(self, model: ExecutableModelSpace) -> None:
         """Queue a model for merging, or to run by itself."""
         try:
-            translated = self._translator().model(model, lambda text: self._name(model, text))
+            with contained:
+                translated = self._translator().model(model, lambda text: self._name(model, text))
         except NotTranslated as error:
             name = self._name(model, "alone")
             self._reasons[name] = str(error)
@@ -167,7 +171,7 @@ class CGOExecutionEngine(ExecutionEngine):  # type: ignore[misc]
             self._alone.put(model)
             return
         except Exception as error:  # the user's space or data set raised
-            self._fail(self._name(model, "failed"), f"{type(error).__name__}: {error}")
+            self._fail(self._name(model, "failed"), told(error))
             return
         with self._changed:
             self._pending.append(translated)
@@ -345,11 +349,12 @@ class CGOExecutionEngine(ExecutionEngine):  # type: ignore[misc]
                 import nni
 
                 nni.get_next_parameter()
-                model.execute()
+                with contained:
+                    model.execute()
                 status = ModelStatus.Trained
             except Exception as error:
                 log.warning("model %s failed:\n%s", name, traceback.format_exc())
-                self._errors[name] = f"{type(error).__name__}: {error}"
+                self._errors[name] = told(error)
                 status = ModelStatus.Failed
             finally:
                 set_default_trial_command_channel(before)
@@ -361,7 +366,8 @@ class CGOExecutionEngine(ExecutionEngine):  # type: ignore[misc]
         """Dispatch an event; a callback that raises must not end the thread that tells."""
         with self._telling:
             try:
-                self.dispatch_model_event(event)
+                with contained:
+                    self.dispatch_model_event(event)
             except Exception:
                 log.exception("a callback raised")
                 self.default_callback(event)

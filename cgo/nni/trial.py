@@ -9,6 +9,7 @@ and never in parameters, where they would end its experiment.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import socket
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,12 @@ from cgo.errors import TrialError
 from cgo.events import Event
 from cgo.graph import ModelId
 from cgo.graph_data import GraphData, file_sha256
+from cgo.model import TrainingSpec
 from cgo.platforms.local import IMPORT_ROOTS
+from cgo.reading import read_document
+from cgo.user_code import contained, told
+
+log = logging.getLogger(__name__)
 
 #: The key under which a parameter is ours, and the version of its form.
 KEY, VERSION = "cgo", 1
@@ -56,6 +62,7 @@ class Order:
     folder: Path
     host: str = ""  # of the launcher
     pids: tuple[tuple[int, float], ...] = ()  # processes that the trial does not outlive
+    refused: Mapping[ModelId, str] = field(default_factory=dict)  # models that cannot be trained
 
 
 def order_of(trial: str, folder: Path, roots: Sequence[str], pids: Sequence[int]) -> dict[str, Any]:
@@ -94,7 +101,8 @@ def read_order(parameter: Any) -> Order:
     if KEY not in parameter:  # a bare document
         folder = Path(os.environ.get("NNI_OUTPUT_DIR", ".")) / "cgo"
         folder.mkdir(parents=True, exist_ok=True)
-        return Order("nni", GraphData.load(parameter, base=folder), folder)
+        document, refused = read_document(json.dumps(parameter), folder)
+        return Order("nni", document, folder, refused=refused)
     if parameter[KEY] != VERSION:
         raise TrialError(
             f"the parameter has form {parameter[KEY]!r}, this trial reads {VERSION}; use one "
@@ -107,25 +115,28 @@ def read_order(parameter: Any) -> Order:
             "checkpoints belong: put the experiment's folder on storage that all workers share "
             "(CGOEngine(experiment_dir=...))"
         )
+    document, refused = read_document(_document(parameter, folder), folder)
     return Order(
         str(parameter["trial"]),
-        _document(parameter, folder),
+        document,
         folder,
         str(parameter["host"]),
         tuple((int(pid), float(born)) for pid, born in parameter["pids"]),
+        refused,
     )
 
 
-def _document(parameter: Mapping[str, Any], folder: Path) -> GraphData:
+def _document(parameter: Mapping[str, Any], folder: Path) -> str | bytes:
+    """The document's text."""
     if parameter["document"] is not None:
-        return GraphData.from_json(parameter["document"], base=folder)
+        return str(parameter["document"])
     path = folder / "graph.json"
     if not path.is_file() or file_sha256(path) != parameter["sha256"]:
         raise TrialError(
             f"{path} is not the document that was submitted: the folder that worker "
             f"{socket.gethostname()} sees is another, or its copy is old"
         )
-    return GraphData.read(path)
+    return path.read_bytes()
 
 
 class Reporter:
@@ -147,7 +158,7 @@ class Reporter:
     ) -> None:
         self._trial, self._job = order.trial, job
         self._intermediate, self._final = intermediate, final
-        self._modes = {entry.id: entry.training.mode for entry in order.document.models}
+        self._modes = {entry.id: _mode_of(entry.training) for entry in order.document.models}
         self._names = {entry.id: entry.training.metric_name for entry in order.document.models}
         self._events: list[Event] = []
         self._sequence = 0
@@ -166,10 +177,10 @@ class Reporter:
         """Keep the best metric so far."""
         if event.kind != "epoch":
             return
-        value = float(event.value[self._names[event.model]])
-        if not math.isfinite(value):
+        value, mode = float(event.value[self._names[event.model]]), self._modes[event.model]
+        if mode is None or not math.isfinite(value):
             return
-        better = max if self._modes[event.model] == "max" else min
+        better = max if mode == "max" else min
         self._best = value if self._best is None else better(self._best, value)
 
     def flush(self) -> None:
@@ -195,6 +206,16 @@ class Reporter:
             **best, "trial": self._trial, "job": self._job, "sequence": self._sequence,
             "pid": os.getpid(), "host": socket.gethostname(), **rest,
         }  # fmt: skip
+
+
+def _mode_of(training: TrainingSpec) -> str | None:
+    """Which way a metric is better; None where it does not say, or is a user's that raises."""
+    try:
+        with contained:
+            return training.mode
+    except Exception as error:
+        log.info("metric %s is in no best so far: %s", training.metric_name, told(error))
+        return None
 
 
 def _parts(events: Sequence[Event]) -> list[list[Event]]:
@@ -267,6 +288,7 @@ def run() -> int:
         order, nni.get_trial_id(), nni.report_intermediate_result, nni.report_final_result
     )
     trial.enter(order.document)
+    trial.begin(order.refused, report)
     report.finish(trial.execute(order.document, folder=order.folder, report=report))
     return 0
 

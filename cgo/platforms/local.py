@@ -10,12 +10,15 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from cgo.errors import TrialError
-from cgo.events import Event, decode
+from cgo.events import Event, decode, is_finish
 from cgo.interface import WorkerInfo
 from cgo.machine import Device, devices
 from cgo.platforms.base import TrialExit, TrialId, TrialRequest
@@ -40,6 +43,9 @@ THREADS = {"GOMP_SPINCOUNT": "10000"}
 #: Seconds between SIGTERM and SIGKILL.
 GRACE_S = 5.0
 
+#: Lines of a trial's log in its error, and characters of a line.
+LAST_LINES, _WIDEST = 30, 300
+
 #: Without -P (new in Python 3.11), Python puts the current directory on the module path.
 _UNSAFE_PATH = (
     "import runpy, sys; sys.path[:] = [p for p in sys.path if p]; "
@@ -53,6 +59,7 @@ class _Running:
     worker: int
     process: subprocess.Popen[bytes]
     parent_fd: int  # closing it ends the trial
+    logged: int  # bytes that its log had before it began
     cancelled: bool = False
     reader: threading.Thread | None = None
 
@@ -130,6 +137,7 @@ class LocalPlatform:
         command = [*_python(self._module), str(request.folder / "graph.json"), *options]
         try:
             with (request.folder / "log.txt").open("ab") as log_file:
+                logged = log_file.tell()
                 process = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
@@ -146,23 +154,38 @@ class LocalPlatform:
         finally:
             os.close(events_write)
             os.close(parent_read)
-        return events_read, _Running(request, worker, process, parent_write)
+        return events_read, _Running(request, worker, process, parent_write, logged)
 
     def _follow(self, running: _Running, events: int) -> None:
         """Read a trial's events until it closes its end, then report its exit."""
         trial_id = running.request.trial_id
+        undertaker = threading.Thread(target=self._bury, args=(running,), daemon=True)
+        undertaker.start()
+        finished = False
         with os.fdopen(events, "r", encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 try:
-                    self._on_event(trial_id, decode(line))
+                    event = decode(line)
                 except TrialError as error:
                     log.warning("trial %s: %s", trial_id, error)
+                    continue
+                self._on_event(trial_id, event)
+                finished |= is_finish(event)
+        undertaker.join()
         code = running.process.wait()
-        os.close(running.parent_fd)
         with self._lock:
             del self._running[trial_id]
-        died = None if code == 0 else _obituary(running, code)
+        os.close(running.parent_fd)
+        died = None if code == 0 and finished else _obituary(running, code)
         self._on_exit(TrialExit(trial_id, died, running.cancelled))
+
+    def _bury(self, running: _Running) -> None:
+        """When a trial has ended, kill what it leaves: that would hold its pipe and its memory."""
+        _await_end(running.process.pid)
+        with self._lock:
+            # Before it is waited for, so that its number is not another's by now; see `_signal`.
+            _signal(running, signal.SIGKILL)
+            running.process.wait()
 
     def cancel(self, trial_id: TrialId) -> None:
         """SIGTERM, and SIGKILL if that is not obeyed within `GRACE_S`."""
@@ -172,9 +195,13 @@ class LocalPlatform:
                 return
             running.cancelled = True
             _signal(running, signal.SIGTERM)
-        timer = threading.Timer(GRACE_S, _signal, (running, signal.SIGKILL))
+        timer = threading.Timer(GRACE_S, self._kill, (running,))
         timer.daemon = True
         timer.start()
+
+    def _kill(self, running: _Running) -> None:
+        with self._lock:
+            _signal(running, signal.SIGKILL)
 
     def idle_workers(self) -> Sequence[WorkerInfo]:
         """Workers without a trial; each holds every device of the machine."""
@@ -197,7 +224,9 @@ class LocalPlatform:
             self.cancel(item.request.trial_id)
         for item in running:
             if item.reader is not None and item.reader is not threading.current_thread():
-                item.reader.join()
+                item.reader.join(2 * GRACE_S)
+                if item.reader.is_alive():
+                    log.warning("trial %s does not end", item.request.trial_id)
 
 
 def _python(module: str) -> list[str]:
@@ -240,24 +269,55 @@ def _worker_info(worker: int, found: Sequence[Device]) -> WorkerInfo:
 
 
 def _signal(running: _Running, number: int) -> None:
-    if running.process.poll() is None:
-        with contextlib.suppress(ProcessLookupError):  # it ended in between
+    """Signal a trial and all that it has started, unless it has been waited for; locked."""
+    if running.process.returncode is None:
+        # Gone in between, or (on macOS) nothing but a process that has ended.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(running.process.pid, number)
+
+
+def _await_end(pid: int) -> None:
+    """Block until a child has ended, and leave it to be waited for."""
+    # Where nobody may wait for children (SIGCHLD is ignored), there is nothing to be left.
+    with contextlib.suppress(ChildProcessError, psutil.NoSuchProcess):
+        if hasattr(os, "waitid"):
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            return
+        child = psutil.Process(pid)  # macOS, before Python 3.13
+        while child.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.1)
 
 
 def _obituary(running: _Running, code: int) -> str:
     path = running.request.folder / "log.txt"
-    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    how = how_ended(code)
     text = f"trial {running.request.trial_id} ended with {how}; its log is {path}"
-    last = last_lines(path, 20)
+    last = last_lines(path, LAST_LINES, running.logged)
     return f"{text}; last lines:\n{last}" if last else text
 
 
-def last_lines(path: Path, count: int) -> str:
-    """The end of a log; nothing where there is none."""
+def how_ended(code: int) -> str:
+    """An exit code in words; negative, it is the number of the signal that killed the process."""
+    if code < 0:
+        known = {number.value: number.name for number in signal.Signals}
+        return f"signal {known.get(-code, -code)}"
+    return f"exit code {code}" if code else "exit code 0, before its models had ended"
+
+
+def last_lines(path: Path, count: int, start: int = 0) -> str:
+    """The end of a log, in lines of bounded length; nothing where there is none.
+
+    Args:
+        path: The log.
+        count: The most lines.
+        start: The byte from which it counts.
+    """
     if not path.exists():
         return ""
-    return "\n".join(path.read_text(errors="replace").splitlines()[-count:])
+    with path.open("rb") as stream:  # of a log of any size
+        stream.seek(max(start, path.stat().st_size - 2**16))
+        lines = stream.read().decode(errors="replace").splitlines()[-count:]
+    return "\n".join(f"{line[:_WIDEST]} ..." if len(line) > _WIDEST else line for line in lines)
 
 
 def follow_parent(fd: int) -> None:

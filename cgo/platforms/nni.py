@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import shlex
-import signal
 import socket
 import sys
 import tempfile
@@ -36,7 +35,7 @@ from cgo.interface import WorkerInfo
 from cgo.nni.trial import CANCELLED, events_of, order_of
 from cgo.platforms import guard
 from cgo.platforms.base import TrialExit, TrialId, TrialRequest
-from cgo.platforms.local import GRACE_S, MALLOC, THREADS, last_lines
+from cgo.platforms.local import GRACE_S, LAST_LINES, MALLOC, THREADS, how_ended, last_lines
 
 log = logging.getLogger(__name__)
 
@@ -216,18 +215,17 @@ class NniPlatform:
         self._on_exit(TrialExit(running.request.trial_id, error, running.cancelled))
 
     def _obituary(self, running: _Running) -> str | None:
-        if running.ended == "SUCCEEDED":
-            return None
+        if running.expected is not None and running.ended == "SUCCEEDED":
+            return None  # it has told its final metrics
         request = running.request
         manager = self._manager
         state = manager.exit_code(running.job) if manager is not None and running.job else None
         how = f"NNI: {running.ended}"
         if state is not None:
-            name = signal.Signals(state - 128).name if 128 < state < 160 else ""
-            how += f", signal {name}" if name else f", exit code {state}"
+            how += f", {how_ended(128 - state if 128 < state < 160 else state)}"
         path = request.folder / "log.txt"
         text = f"trial {request.trial_id} ended ({how}); its log is {path}"
-        last = last_lines(path, 20)
+        last = last_lines(path, LAST_LINES)
         if not last and manager is not None and running.job:
             last = manager.printed(running.job)
         return f"{text}; last lines:\n{last}" if last else text

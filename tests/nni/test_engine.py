@@ -65,14 +65,15 @@ def test_events_come_in_nnis_order_on_the_submitted_instances(engine):
     assert list(running.list_models(ModelStatus.Trained)) == [model]
 
 
-def test_a_callback_may_submit_and_one_that_raises_stops_nothing(engine):
+@pytest.mark.parametrize("mistake", [RuntimeError("a strategy's mistake"), SystemExit(3)])
+def test_a_callback_may_submit_and_one_that_raises_stops_nothing(mistake, engine):
     running = engine()
     first, second = models(2)
 
     def submit(event):
         if event.model is first:
             running.submit_models(second)
-            raise RuntimeError("a strategy's mistake")
+            raise mistake
 
     running.register_model_event_callback(ModelEventType.TrainingEnd, submit)
     running.submit_models(first)
@@ -170,9 +171,14 @@ def evaluate_badly(model):
     raise ValueError("no such data")
 
 
+def evaluate_and_leave(model):
+    raise SystemExit(7)
+
+
 def test_other_evaluators_run_by_themselves_and_it_is_explained(engine):
     running = engine()
-    given = [FunctionalEvaluator(evaluate), FunctionalEvaluator(evaluate_badly)]
+    functions = (evaluate_and_leave, evaluate, evaluate_badly)
+    given = [FunctionalEvaluator(function) for function in functions]
     alone = [
         SimplifiedModelSpace.from_model(nni_spaces.DigitsSpace(), evaluator).freeze(
             {"act": "relu", "width": 8}
@@ -182,14 +188,15 @@ def test_other_evaluators_run_by_themselves_and_it_is_explained(engine):
     merged = models(2)
     running.submit_models(*alone, *merged)
     running.wait_models()
-    good, bad = alone
+    leaving, good, bad = alone
+    assert running.error_of(leaving) == "SystemExit: 7"
     assert (good.status, good.metric) == (ModelStatus.Trained, 0.5)
     assert list(good.metrics.intermediates) == [0.25]
     assert bad.status is ModelStatus.Failed
     assert "no such data" in running.error_of(bad)
     assert all(model.status is ModelStatus.Trained for model in merged)
     lines = [line for line in running.explain() if "runs by itself" in line]
-    assert len(lines) == 2
+    assert len(lines) == 3
     assert all("FunctionalEvaluator" in line for line in lines)
 
 

@@ -4,11 +4,18 @@ import os
 import subprocess
 import sys
 
+import psutil
 import pytest
 from support.contract import Heard, PlatformContract
 
 from cgo.platforms.base import TrialRequest
-from cgo.platforms.local import MALLOC, LocalPlatform, trial_environment
+from cgo.platforms.local import (
+    MALLOC,
+    LocalPlatform,
+    how_ended,
+    last_lines,
+    trial_environment,
+)
 
 
 @pytest.fixture
@@ -25,9 +32,54 @@ def test_broken_lines_are_logged_and_do_not_stop_the_reader(tmp_path, caplog):
     heard = Heard(platform)
     platform.submit(TrialRequest("t", tmp_path, ()))
     assert heard.exit().error is None
-    assert [event.model for _, event in heard.events] == ["a", "b"]
+    assert [event.model for _, event in heard.events] == ["a", "b", ""]
     assert caplog.text.count("not an event") == 2
     platform.close()
+
+
+def test_what_a_trial_leaves_behind_is_killed_and_keeps_nobody_waiting(tmp_path):
+    platform = LocalPlatform()
+    heard = Heard(platform)
+    request = PlatformContract().request(tmp_path, module="support.crashers:leaves_a_child")
+    platform.submit(request)
+    (running,) = platform._running.values()
+    assert "exit code 0" in heard.exit().error
+    left = [p for p in psutil.process_iter() if _group(p) == running.process.pid]
+    _, alive = psutil.wait_procs(left, timeout=10)
+    assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
+    platform.close()
+
+
+def _group(process):
+    try:
+        return os.getpgid(process.pid)
+    except ProcessLookupError:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (-11, "signal SIGSEGV"),
+        (-64, "signal SIGRTMAX"),
+        (-63, "signal 63"),
+        (3, "exit code 3"),
+        (0, "exit code 0, before its models had ended"),
+    ],
+)
+def test_exit_codes_in_words(code, words):
+    assert how_ended(code) == words
+
+
+def test_the_end_of_a_large_log_is_bounded(tmp_path):
+    path = tmp_path / "log.txt"
+    path.write_text("x" * 200_000 + "\n" + "one\n" + "y" * 1000 + "\n\xff\n", encoding="latin-1")
+    first, second, third = last_lines(path, 3).splitlines()
+    assert first == "one"
+    assert second == "y" * 300 + " ..."
+    assert third
+    assert last_lines(path, 3, path.stat().st_size - 2) == third
+    assert last_lines(tmp_path / "none.txt", 3) == ""
 
 
 def test_output_goes_to_the_log_and_its_end_into_the_error(tmp_path):

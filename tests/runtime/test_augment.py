@@ -89,7 +89,7 @@ def test_dicts_are_given_and_returned_by_name():
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("raises", "support.augments:Bad raised ValueError in batch 5 of epoch 2: no such colour"),
+        ("raises", "augments:Bad, in batch 5 of epoch 2, raised ValueError: no such colour"),
         ("pair", r"returned input\.0, input\.1; it was given input and must return the same"),
         ("fewer", r"returned input of shape \[7, 6\], was given \[8, 6\]; the number of samples"),
         ("list", r"input\.0 is a list, not a tensor"),

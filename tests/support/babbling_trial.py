@@ -11,5 +11,6 @@ lines = [
     "this is no event",
     '{"model": "x", "kind": "invented", "epoch": null, "value": null}',
     encode(Event("b", "started", None, None)),
+    encode(Event("", "trial", None, {"what": "finished"})),
 ]
 os.write(fd, ("\n".join(lines) + "\n").encode())

@@ -33,10 +33,11 @@ class PlatformContract:
         yield Heard(platform)
         platform.close()
 
-    def request(self, tmp_path, trial_id="t0", module="support.small:mlp", **training):
+    def request(self, tmp_path, trial_id="t0", module="support.small:mlp", how=None, **training):
         data = cgo.DataSpec("support.small:slow_points", batch_size=8)
         spec = cgo.TrainingSpec(metrics=("accuracy",), **training)
-        model = cgo.Model(module, data=data, training=spec, model_id=f"{trial_id}-m")
+        kwargs = {} if how is None else {"how": how}
+        model = cgo.Model(module, kwargs, data=data, training=spec, model_id=f"{trial_id}-m")
         folder = tmp_path / trial_id
         assert not Planner().plan([model], folder).failures
         return TrialRequest(trial_id, folder, import_roots([module]))
@@ -77,6 +78,13 @@ class PlatformContract:
         platform.submit(self.request(tmp_path, module="support.small:crashes"))
         ended = heard.exit()
         assert "SIGKILL" in ended.error
+        assert not ended.cancelled
+
+    def test_leaving_with_exit_code_0_is_no_end_of_a_trial(self, platform, heard, tmp_path):
+        platform.submit(self.request(tmp_path, module="support.crashers:crasher", how="exit 0"))
+        ended = heard.exit()
+        assert "exit code 0, before its models had ended" in ended.error
+        assert "its log is" in ended.error
         assert not ended.cancelled
 
     def test_a_trial_that_cannot_start_tells_why(self, platform, heard, tmp_path):
