@@ -6,7 +6,6 @@ import copy
 import hashlib
 import inspect
 import json
-import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
@@ -23,13 +22,12 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from cgo.errors import SpecError
+from cgo.ids import checked_id
 from cgo.imports import is_import_path, resolve
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-MODEL_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")
 
 _CONFIG = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False)
 
@@ -409,11 +407,7 @@ class Model:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise SpecError(f"Model: seed: expected an integer from 0 below 2**63, got {seed!r}")
         model_id = uuid.uuid4().hex[:12] if model_id is None else model_id
-        if not isinstance(model_id, str) or not MODEL_ID.match(model_id):
-            raise SpecError(
-                f"Model: model_id: {model_id!r} must be 1 to 100 letters, digits, '_', '.' or '-'"
-            )
-        self.model_id = model_id
+        self.model_id = checked_id(model_id, "Model: model_id")
         self.module = _checked_module(module, kwargs)
         try:
             self.kwargs: dict[str, Any] = canonical_json(dict(kwargs or {}), what="kwargs")

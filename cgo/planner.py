@@ -19,6 +19,7 @@ from cgo.capture import Captured, Capturer, Examples
 from cgo.errors import CgoError
 from cgo.graph import Graph, ModelId
 from cgo.graph_data import FileRef, GraphData, ModelEntry, file_sha256
+from cgo.ids import file_name
 from cgo.model import DataSpec, Model, as_json, digest_of
 from cgo.passes.alias_models import AliasModels, find_aliases
 from cgo.passes.batch_operators import BatchOperators
@@ -231,7 +232,7 @@ class Planner:
             item = captured[model.model_id]
             entry = item.entry
             if item.state is not None:
-                file = _write_tensors(folder, f"start/{entry.id}.safetensors", item.state)
+                file = _write_tensors(folder, f"start/{file_name(entry.id)}.safetensors", item.state)
                 entry = replace(entry, weights=file)
             entries.append(entry)
             constants |= item.constants

@@ -13,6 +13,7 @@ from cgo import weights
 from cgo.events import Event
 from cgo.graph import ModelId
 from cgo.graph_data import GraphData, ModelEntry, file_sha256
+from cgo.ids import file_name
 from cgo.runtime.meters import LossMeter
 from cgo.runtime.optimizers import Updater
 from cgo.runtime.scaling import LossScale
@@ -80,7 +81,7 @@ class Member:
         self._end({"success": False, "error": error, "weights": None, "sha256": None})
 
     def _succeed(self, metric: float) -> None:
-        path = self.folder / "weights" / f"{self.id}.safetensors"
+        path = self.folder / "weights" / f"{file_name(self.id)}.safetensors"
         tensors, aliases = self.state.state_dict()
         weights.save(path, tensors, aliases)
         self._tell("final", None, metric)
