@@ -12,14 +12,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from cgo.allowed import check_found, check_module
 from cgo.errors import ImportPathError
 
-IMPORT_PATH = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")
+IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
 def is_import_path(text: str) -> bool:
     """Whether `text` has the form `package.module:name`."""
-    return bool(IMPORT_PATH.match(text))
+    return bool(IMPORT_PATH.fullmatch(text))
 
 
 def resolve(path: str, *, field: str = "import path") -> Any:
@@ -30,7 +31,8 @@ def resolve(path: str, *, field: str = "import path") -> Any:
         field: What the path was given for; named in errors.
 
     Raises:
-        ImportPathError: bad form, `__main__`, module not importable, or no such name.
+        ImportPathError: bad form, `__main__`, module not importable or not allowed (see
+            `cgo.allowed`), or no such name.
     """
     if not is_import_path(path):
         raise ImportPathError(f"{field}: {path!r} is not of the form 'package.module:name'")
@@ -40,9 +42,10 @@ def resolve(path: str, *, field: str = "import path") -> Any:
             f"{field}: {path!r} lives in the script being run, which a trial cannot import; "
             "move it to a module of its own and name that"
         )
+    check_module(path, field)
     try:
         found: Any = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ImportPathError(
             f"{field}: cannot import {module_name!r} of {path!r}: {type(error).__name__}: {error}"
         ) from error
@@ -50,6 +53,7 @@ def resolve(path: str, *, field: str = "import path") -> Any:
         if not hasattr(found, part):
             raise ImportPathError(f"{field}: module {module_name!r} has no {attribute!r}")
         found = getattr(found, part)
+        check_found(path, found, field)
     return found
 
 

@@ -31,6 +31,17 @@ if TYPE_CHECKING:
 
 _CONFIG = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False)
 
+#: The functions of `torch.nn.functional` that a loss may be.
+LOSSES = frozenset(
+    """
+    binary_cross_entropy binary_cross_entropy_with_logits cosine_embedding_loss cosine_similarity
+    cross_entropy ctc_loss gaussian_nll_loss hinge_embedding_loss huber_loss kl_div l1_loss
+    linear_cross_entropy margin_ranking_loss mse_loss multi_margin_loss multilabel_margin_loss
+    multilabel_soft_margin_loss nll_loss pairwise_distance poisson_nll_loss smooth_l1_loss
+    soft_margin_loss triplet_margin_loss triplet_margin_with_distance_loss
+    """.split()  # noqa: SIM905
+)
+
 #: Why each of these cannot be used; anything else in torch is accepted.
 REFUSED_OPTIMIZERS = {"LBFGS": "it needs a closure that evaluates the model several times a step"}
 REFUSED_SCHEDULERS = {"ReduceLROnPlateau": "its step() needs a metric"}
@@ -117,7 +128,7 @@ class DataSpec:
 
     source: str
     kwargs: dict[str, Any] = Field(default_factory=dict)
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: int = Field(default=32, ge=1, lt=2**31)
     shuffle: bool = True
     drop_last: bool = False
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -194,7 +205,7 @@ class TrainingSpec:
     scheduler: str | None = None
     scheduler_kwargs: dict[str, Any] = Field(default_factory=dict)
     scheduler_interval: Literal["epoch", "step"] = "epoch"
-    epochs: int = Field(default=1, ge=1)
+    epochs: int = Field(default=1, ge=1, lt=2**31)
     grad_clip_norm: float | None = Field(default=None, gt=0)
     precision: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
     loss_scale: float | None = Field(default=None, gt=0, le=2.0**127)  # float32's largest power
@@ -277,7 +288,8 @@ def loss_function(loss: str) -> Callable[[Any, Any], torch.Tensor]:
     else:
         import torch.nn.functional
 
-        found = getattr(torch.nn.functional, loss, None)
+        # No other name is looked up: the module holds more than its functions.
+        found = getattr(torch.nn.functional, loss, None) if loss in LOSSES else None
     if not callable(found):
         raise SpecError(
             f"loss: {loss!r} is neither a torch.nn.functional function nor 'package.module:name'"
@@ -310,7 +322,7 @@ def scheduler_class(name: str) -> type[torch.optim.lr_scheduler.LRScheduler]:
 
 
 def _torch_class(field: str, name: str, module: Any, base: type, refused: Mapping[str, str]) -> Any:
-    found = resolve(name, field=field) if is_import_path(name) else getattr(module, name, None)
+    found = resolve(name, field=field) if is_import_path(name) else vars(module).get(name)
     if inspect.isclass(found):
         for parent in found.__mro__:
             if parent.__name__ in refused:

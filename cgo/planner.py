@@ -232,7 +232,9 @@ class Planner:
             item = captured[model.model_id]
             entry = item.entry
             if item.state is not None:
-                file = _write_tensors(folder, f"start/{file_name(entry.id)}.safetensors", item.state)
+                file = _write_tensors(
+                    folder, f"start/{file_name(entry.id)}.safetensors", item.state
+                )
                 entry = replace(entry, weights=file)
             entries.append(entry)
             constants |= item.constants

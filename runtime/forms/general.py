@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from cgo.dtypes import torch_dtype
 from cgo.graph import TensorType
 from cgo.operators import aten
 from cgo.runtime.emitter import Column, Emitter, Group, Packed, item
@@ -104,7 +105,7 @@ def _filled(emitter: Emitter, value: Any, tensors: Iterator[Tensor]) -> Any:
 
 def _example(type_: TensorType, shared: bool, size: int, device: torch.device) -> Tensor:
     shape = type_.shape if shared else (size, *type_.shape)
-    return torch.empty(shape, dtype=getattr(torch, type_.dtype), device=device)
+    return torch.empty(shape, dtype=torch_dtype(type_.dtype), device=device)
 
 
 @contextmanager
