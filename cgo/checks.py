@@ -9,11 +9,12 @@ from typing import Any
 
 from cgo.allowed import allowed_modules, is_allowed, refusal
 from cgo.entries import FileRef, ModelEntry, StateEntry
-from cgo.errors import GraphDataError
+from cgo.errors import GraphDataError, SpecError
 from cgo.graph import STATE, Graph, ModelId, Node, Output, homes
 from cgo.imports import is_import_path
 from cgo.model import DataSpec
 from cgo.paths import lies_beside
+from cgo.tuning import Tuning
 
 #: "train/64": split and samples of a batch.
 PROGRAM = re.compile(r"(train|validation)/[1-9][0-9]{0,8}", re.ASCII)
@@ -213,6 +214,18 @@ def _check_homes(node: Node, where: str, states: States) -> None:
                 f"{where}: trainable {node.keyword('trainable')}, but {path!r} of model {model!r} "
                 f"is {entry.trainable}"
             )
+
+
+def check_experiment(experiment: Mapping[str, Any]) -> None:
+    """Check the settings that a trial obeys.
+
+    Raises:
+        GraphDataError: `tuning` has unknown settings, or values of other types.
+    """
+    try:
+        Tuning.from_json(experiment.get("tuning", {}))
+    except SpecError as error:
+        raise GraphDataError(f"experiment: {error}") from error
 
 
 # --- imports ----------------------------------------------------------------------------------

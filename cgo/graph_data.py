@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cgo.checks import check_imports, check_references
+from cgo.checks import check_experiment, check_imports, check_references
 from cgo.entries import Factory, FileRef, ModelEntry, StateEntry
 from cgo.errors import (
     GraphDataError,
@@ -107,6 +107,7 @@ class GraphData:
         except GraphError as error:
             raise GraphDataError(f"refused: {error}") from error
         check_references(read.models, read.data, read.graph, read.constants, read.aliases)
+        check_experiment(read.experiment)
         return cls(
             models=read.models,
             data=read.data,

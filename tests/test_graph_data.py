@@ -319,8 +319,12 @@ REFUSED = {
         ]
     ),
     "factory 'no path' is not of the form": changed("models.0.factory.target", "no path"),
-    "reads %a/train/4/z, which is not defined before it": changed("nodes.1.args.0", {"ref": ["a/train/4/z", 0]}),
-    "reads output 1 of %a/train/4/x, which has 1": changed("nodes.1.args.0", {"ref": ["a/train/4/x", 1]}),
+    "reads %a/train/4/z, which is not defined before it": changed(
+        "nodes.1.args.0", {"ref": ["a/train/4/z", 0]}
+    ),
+    "reads output 1 of %a/train/4/x, which has 1": changed(
+        "nodes.1.args.0", {"ref": ["a/train/4/x", 1]}
+    ),
     "reads %b, which is not defined": changed("outputs.0.ref", {"ref": ["b", 0]}),
     "output loss of model 'a' is not a reference": changed("outputs.0.ref", 1),
     "two nodes are called %a/train/4/x": changed("nodes.1.name", "a/train/4/x"),
@@ -360,15 +364,21 @@ def test_a_missing_field(field):
 
 def test_an_output_for_an_unknown_model():
     made = graph()
-    other = replace(made, outputs=(*made.outputs, Output("b", "train/4", "loss", "", Ref("a/train/4/x"))))
+    other = replace(
+        made, outputs=(*made.outputs, Output("b", "train/4", "loss", "", Ref("a/train/4/x")))
+    )
     with pytest.raises(GraphDataError, match="an output is for model 'b', which is not there"):
         GraphData.load(document(graph=prune(other)).dump())
 
 
 def test_constants_without_their_file():
-    constant = Node("a/train/4/c", "cgo.constant", (), (("content", "c0"),), (None,), frozenset({"a"}))
+    constant = Node(
+        "a/train/4/c", "cgo.constant", (), (("content", "c0"),), (None,), frozenset({"a"})
+    )
     made = Graph((constant,), (Output("a", "train/4", "loss", "", Ref("a/train/4/c")),))
-    with pytest.raises(GraphDataError, match=r"%a/train/4/c: the document has no file of constants"):
+    with pytest.raises(
+        GraphDataError, match=r"%a/train/4/c: the document has no file of constants"
+    ):
         GraphData.load(document(graph=made).dump())
 
 
