@@ -10,7 +10,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from cgo import weights
-from cgo.events import Event
+from cgo.events import Event, cut
 from cgo.graph import ModelId
 from cgo.graph_data import GraphData, ModelEntry, file_sha256
 from cgo.ids import file_name
@@ -78,7 +78,7 @@ class Member:
 
     def fail(self, error: str) -> None:
         """End the model with an error."""
-        self._end({"success": False, "error": error, "weights": None, "sha256": None})
+        self._end({"success": False, "error": cut(error), "weights": None, "sha256": None})
 
     def _succeed(self, metric: float) -> None:
         path = self.folder / "weights" / f"{file_name(self.id)}.safetensors"

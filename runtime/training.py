@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cgo import weights
 from cgo.errors import CgoError
-from cgo.events import Event
+from cgo.events import Event, cut
 from cgo.graph import ModelId
 from cgo.graph_data import GraphData, ModelEntry
 from cgo.runtime import checkpoint
@@ -102,7 +102,7 @@ class _Trial:
         try:
             return Member(entry, self.data, device, self.folder, self.report)
         except CgoError as error:
-            ended = {"success": False, "error": str(error), "weights": None, "sha256": None}
+            ended = {"success": False, "error": cut(str(error)), "weights": None, "sha256": None}
             self.report(Event(entry.id, "ended", None, ended))
             return None
 

@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from cgo.errors import TrialError
-from cgo.events import Event
+from cgo.events import Event, checked
 from cgo.graph import ModelId
 from cgo.graph_data import GraphData, file_sha256
 from cgo.platforms.local import IMPORT_ROOTS
@@ -212,12 +212,24 @@ def _parts(events: Sequence[Event]) -> list[list[Event]]:
 
 
 def events_of(payload: Mapping[str, Any]) -> list[Event]:
-    """The events of a metric."""
-    return [
-        Event(model, kind, epoch, value)
-        for model, rows in payload.get("events", {}).items()
-        for kind, epoch, value in rows
-    ]
+    """The events of a metric.
+
+    Raises:
+        TrialError: one of them is none.
+    """
+    try:
+        rows = [(model, *row) for model, rows in payload.get("events", {}).items() for row in rows]
+        return [checked(Event(*row)) for row in rows]
+    except (AttributeError, TypeError) as error:
+        raise TrialError(f"not the events of a metric: {payload.get('events')!a:.200}") from error
+
+
+def is_metric(payload: Any) -> bool:
+    """Whether a metric has the form of ours, whatever events it holds."""
+    if not isinstance(payload, dict):
+        return False
+    kinds = {"trial": str, "job": str, "host": str, "pid": int, "sequence": int}
+    return all(type(payload.get(key)) is kind for key, kind in kinds.items())
 
 
 def watch(order: Order) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import platform
@@ -15,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cgo.errors import TrialError
-from cgo.events import Event, decode
+from cgo.events import Event, events_in
 from cgo.interface import WorkerInfo
 from cgo.machine import Device, devices
+from cgo.paths import open_plain
 from cgo.platforms.base import TrialExit, TrialId, TrialRequest
+from cgo.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +42,9 @@ THREADS = {"GOMP_SPINCOUNT": "10000"}
 
 #: Seconds between SIGTERM and SIGKILL.
 GRACE_S = 5.0
+
+#: Of a log, what is looked at for its last lines.
+_TAIL_BYTES = 2**16
 
 #: Without -P (new in Python 3.11), Python puts the current directory on the module path.
 _UNSAFE_PATH = (
@@ -152,11 +158,9 @@ class LocalPlatform:
         """Read a trial's events until it closes its end, then report its exit."""
         trial_id = running.request.trial_id
         with os.fdopen(events, "r", encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                try:
-                    self._on_event(trial_id, decode(line))
-                except TrialError as error:
-                    log.warning("trial %s: %s", trial_id, error)
+            refused = functools.partial(log.warning, "trial %s: %s", trial_id)
+            for event in events_in(lines, refused):
+                self._on_event(trial_id, event)
         code = running.process.wait()
         os.close(running.parent_fd)
         with self._lock:
@@ -254,10 +258,14 @@ def _obituary(running: _Running, code: int) -> str:
 
 
 def last_lines(path: Path, count: int) -> str:
-    """The end of a log; nothing where there is none."""
-    if not path.exists():
+    """The end of a log, fit for a terminal; nothing where there is none."""
+    try:
+        with open_plain(path) as stream:
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            text = stream.read(_TAIL_BYTES).decode(errors="replace")
+    except OSError:
         return ""
-    return "\n".join(path.read_text(errors="replace").splitlines()[-count:])
+    return printable("\n".join(text.splitlines()[-count:]))
 
 
 def follow_parent(fd: int) -> None:

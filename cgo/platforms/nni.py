@@ -33,7 +33,7 @@ from nni.runtime.tuner_command_channel.command_type import CommandType
 from cgo.errors import TrialError
 from cgo.events import Event
 from cgo.interface import WorkerInfo
-from cgo.nni.trial import CANCELLED, events_of, order_of
+from cgo.nni.trial import CANCELLED, events_of, is_metric, order_of
 from cgo.platforms import guard
 from cgo.platforms.base import TrialExit, TrialId, TrialRequest
 from cgo.platforms.local import GRACE_S, MALLOC, THREADS, last_lines
@@ -149,7 +149,7 @@ class NniPlatform:
 
     def _heard(self, payload: Any) -> None:
         """A metric."""
-        if not isinstance(payload, dict) or payload.get("trial") not in self._running:
+        if not is_metric(payload) or payload["trial"] not in self._running:
             return
         trial_id = payload["trial"]
         with self._lock:
@@ -262,8 +262,7 @@ class NniPlatform:
         if running.job is not None and self._manager is not None and self._manager.alive:
             self._manager.kill(running.job)
         if running.process is not None and running.process[0] == socket.gethostname():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                psutil.Process(running.process[1]).kill()
+            _kill_trial(running.process[1])
 
     def idle_workers(self) -> Sequence[WorkerInfo]:
         """Places for trials; what they hold is known to NNI alone."""
@@ -418,6 +417,14 @@ class _Manager:
         with contextlib.suppress(Exception):
             self._experiment._stop_logging()
         self._code.cleanup()
+
+
+def _kill_trial(pid: int) -> None:
+    """Kill a process, if it is a trial: its number came with a metric, which others can send."""
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        if any("cgo.trial" in part for part in process.cmdline()):
+            process.kill()
 
 
 def _free_port() -> int:
