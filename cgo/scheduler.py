@@ -65,6 +65,7 @@ class Scheduler:
         batch_operators: Which operators of different models may be fused; None: none.
         import_roots: Folders for the trial's module path, from the models it trains.
         experiment: JSON settings that trials can read.
+        allowed_modules: What trials may import for their documents; None: whatever these name.
     """
 
     def __init__(
@@ -76,7 +77,9 @@ class Scheduler:
         batch_operators: BatchOperators | None,
         import_roots: Callable[[Sequence[Model]], tuple[str, ...]],
         experiment: Mapping[str, Any],
+        allowed_modules: tuple[str, ...] | None = None,
     ) -> None:
+        self._allowed_modules = allowed_modules
         self.reports: list[MergeReport] = []
         self._experiment = experiment
         self._store, self._platform, self._merge = store, platform, merge
@@ -294,7 +297,8 @@ class Scheduler:
             self._demultiplexer.alias(alias, twin)
         trained = {entry.id for entry in plan.graph_data.models}
         models = [model for model in fresh if model.model_id in trained]
-        request = TrialRequest(trial_id, Path(folder), self._import_roots(fresh))
+        roots = self._import_roots(fresh)
+        request = TrialRequest(trial_id, Path(folder), roots, self._allowed_modules)
         self._launch(_Trial(request, models, batch.alone))
 
     def _fitting(self, batch: _Batch) -> list[Model]:

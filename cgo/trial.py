@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from cgo.allowed import ALLOWED_MODULES
 from cgo.errors import TrialError
 from cgo.events import Event, encode
 from cgo.graph import ModelId
@@ -83,7 +84,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--events-fd", type=int, default=1, help="where event lines are written")
     parser.add_argument("--parent-fd", type=int, help="a pipe whose closing ends the trial")
+    parser.add_argument(
+        "--allowed-modules",
+        help="modules, with commas between them, that may be imported for the document; without, "
+        f"those of {ALLOWED_MODULES}, and where that is not set, all that the document names",
+    )
     options = parser.parse_args(arguments)
+    if options.allowed_modules is not None:
+        os.environ[ALLOWED_MODULES] = options.allowed_modules
     signal.signal(signal.SIGTERM, _terminate)
     if options.document is None:
         if "NNI_PLATFORM" not in os.environ:

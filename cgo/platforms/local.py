@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cgo.allowed import ALLOWED_MODULES, as_text
 from cgo.errors import TrialError
 from cgo.events import Event, events_in
 from cgo.interface import WorkerInfo
@@ -119,6 +120,12 @@ class LocalPlatform:
         running.reader = reader
         reader.start()
 
+    def _extra(self, request: TrialRequest) -> dict[str, str]:
+        """What a trial's environment has beyond this process's."""
+        given = request.allowed_modules
+        limit = {} if given is None else {ALLOWED_MODULES: as_text(given)}
+        return self._threads() | self._env | limit
+
     def _threads(self) -> dict[str, str]:
         """Trials side by side share the cores; what the user has set stays."""
         if len(self._workers) == 1 or "OMP_NUM_THREADS" in os.environ:
@@ -141,7 +148,7 @@ class LocalPlatform:
                     stdin=subprocess.DEVNULL,
                     stdout=log_file,
                     stderr=subprocess.STDOUT,
-                    env=trial_environment(request.import_roots, self._threads() | self._env),
+                    env=trial_environment(request.import_roots, self._extra(request)),
                     pass_fds=(events_write, parent_read),
                     start_new_session=True,
                 )

@@ -30,6 +30,7 @@ from nni.experiment.config.training_service import TrainingServiceConfig
 from nni.runtime.tuner_command_channel import TunerCommandChannel
 from nni.runtime.tuner_command_channel.command_type import CommandType
 
+from cgo.allowed import ALLOWED_MODULES, as_text
 from cgo.errors import TrialError
 from cgo.events import Event
 from cgo.interface import WorkerInfo
@@ -88,6 +89,7 @@ class NniPlatform:
         self._working_directory = working_directory
         self._python = python or shlex.quote(sys.executable)
         self._manager: _Manager | None = None
+        self._allowed: tuple[str, ...] | None = None  # modules that its trials may import
         self._running: dict[TrialId, _Running] = {}
         self._jobs: dict[str, TrialId] = {}
         self._lost: list[str] = []  # jobs that ended before they said whose they are
@@ -111,26 +113,33 @@ class NniPlatform:
         with self._lock:
             if len(self._running) >= len(self._workers) or self._closed:
                 raise TrialError(f"trial {request.trial_id}: no idle worker")
-            manager = self._alive_manager()
+            manager = self._alive_manager(request.allowed_modules)
             (request.folder / CANCELLED).unlink(missing_ok=True)
             pids = (os.getpid(), manager.pid)
             order = order_of(request.trial_id, request.folder, request.import_roots, pids)
             self._running[request.trial_id] = _Running(request)
         manager.send(order)
 
-    def _alive_manager(self) -> _Manager:
+    def _alive_manager(self, allowed: tuple[str, ...] | None) -> _Manager:
         if self._manager is None or not self._manager.alive:
-            self._manager = _Manager(
-                self._config(), self._port, self._heard, self._ended, self._died
+            config = self._config(allowed)
+            self._manager = _Manager(config, self._port, self._heard, self._ended, self._died)
+            self._allowed = allowed
+        elif allowed != self._allowed:
+            raise TrialError(
+                f"allowed_modules {allowed} differ from {self._allowed}, under which NNI's manager "
+                "was started; give each setting a platform of its own"
             )
         return self._manager
 
-    def _config(self) -> ExperimentConfig:
+    def _config(self, allowed: tuple[str, ...] | None) -> ExperimentConfig:
         service = self._service
         config = ExperimentConfig(service if isinstance(service, str) else None)
         if not isinstance(service, str):
             config.training_service = service
-        settings = " ".join(f"{key}={value}" for key, value in {**MALLOC, **THREADS}.items())
+        limit = {} if allowed is None else {ALLOWED_MODULES: as_text(allowed)}
+        given = {**MALLOC, **THREADS, **limit}
+        settings = " ".join(f"{key}={shlex.quote(value)}" for key, value in given.items())
         safe = "-P " if sys.version_info >= (3, 11) else ""
         command = f"env {settings} {self._python} {safe}-m cgo.trial"
         config.trial_command = f"{command}; code=$?; echo {_EXIT_CODE} $code; exit $code"
