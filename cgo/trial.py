@@ -32,6 +32,7 @@ def execute(
     folder: Path | None = None,
     report: Callable[[Event], None] | None = None,
     observer: Any = None,
+    limits: Any = None,
 ) -> dict[ModelId, float]:
     """Train a document's models in this process and return their final metrics.
 
@@ -40,6 +41,8 @@ def execute(
         folder: Where weights and the checkpoint go; default is a temporary folder.
         report: Called with each event.
         observer: See `cgo.runtime.device_lanes.Observer`.
+        limits: On each operator, see `cgo.runtime.watching.Limits`; default is what the devices
+            hold.
 
     Raises:
         TrialError: no document was given and this process is no trial.
@@ -51,8 +54,9 @@ def execute(
         raise TrialError("this process is no trial; give the GraphData to execute")
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="cgo-trial-") as temporary:
-            return train(graph_data, Path(temporary), report or _ignore, observer=observer)
-    return train(graph_data, folder, report or _ignore, observer=observer)
+            given = Path(temporary), report or _ignore
+            return train(graph_data, *given, observer=observer, limits=limits)
+    return train(graph_data, folder, report or _ignore, observer=observer, limits=limits)
 
 
 def _ignore(event: Event) -> None:

@@ -120,11 +120,11 @@ class CapturedLanes:
         """
         updates = self.lanes.updates
         assert updates is not None
-        updates.finish()
+        failures = updates.finish()
         rest = [model for model in models if not updates.covers(model)]
         if rest:
             self.hand_out(models, size)
-        return self.lanes.step_alone(rest)
+        return failures | self.lanes.step_alone(rest)
 
     def losses(self, models: Sequence[ModelId], size: int) -> dict[ModelId, Tensor]:
         """Of the last replayed training step."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,12 +37,26 @@ class Updater:
                 f"{type(error).__name__}: {error}"
             ) from error
 
+        self._check_numbers()
         self._plain_zero_grad = type(self.optimizer).zero_grad is torch.optim.Optimizer.zero_grad
 
     @property
     def lr(self) -> float:
         """The first parameter group's learning rate."""
         return float(self.optimizer.param_groups[0]["lr"])
+
+    def _check_numbers(self) -> None:
+        """Torch's optimizers check some of their numbers, and compute with the others as given."""
+        if not type(self.optimizer).__module__.startswith("torch.optim"):
+            return
+        for key, value in self.optimizer.param_groups[0].items():
+            parts = value if isinstance(value, (tuple, list)) else (value,)
+            # Muon's rule for rates has a name.
+            if key not in ("params", "adjust_lr_fn") and not all(map(_is_number, parts)):
+                raise ModelError(
+                    f"optimizer {self.training.optimizer}: {key} {value!r:.60} is no number that "
+                    "it can compute with"
+                )
 
     def zero_grad(self) -> None:
         """Forget the last step's gradients."""
@@ -68,13 +83,29 @@ class Updater:
 
     def step_scheduler(self) -> None:
         """Step a scheduler that goes by steps."""
-        if self.scheduler is not None and self.training.scheduler_interval == "step":
-            self.scheduler.step()
+        if self.training.scheduler_interval == "step":
+            self._schedule()
 
     def end_epoch(self) -> None:
         """Step a scheduler that goes by epochs."""
-        if self.scheduler is not None and self.training.scheduler_interval == "epoch":
-            self.scheduler.step()
+        if self.training.scheduler_interval == "epoch":
+            self._schedule()
+
+    def _schedule(self) -> None:
+        if self.scheduler is None:
+            return
+        self.scheduler.step()
+        if not _is_number(rate := self.optimizer.param_groups[0]["lr"]):
+            raise ModelError(
+                f"scheduler {self.training.scheduler} gave the learning rate {rate!r:.60}"
+            )
+
+
+def _is_number(value: Any) -> bool:
+    """What an optimizer's setting may be: a flag, None, or a number that a tensor can hold."""
+    if isinstance(value, int):
+        return abs(value) < 2**63
+    return value is None or isinstance(value, (float, Tensor))
 
 
 def moments_of(training: TrainingSpec) -> float:

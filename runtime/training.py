@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
 from cgo import weights
-from cgo.errors import CgoError
+from cgo.errors import CgoError, TrialError
 from cgo.events import Event, cut
 from cgo.graph import ModelId
 from cgo.graph_data import GraphData, ModelEntry
 from cgo.runtime import checkpoint
+from cgo.runtime.admission import admit
 from cgo.runtime.cohort import Cohort
 from cgo.runtime.device_lanes import Observer
 from cgo.runtime.member import Member, Report
 from cgo.runtime.placing import place_models
 from cgo.runtime.precision import tf32
 from cgo.runtime.tuning import Record, make_tuner
+from cgo.runtime.watching import Limits
 from cgo.tuning import Tuning
 
 #: The file of a trial's folder that holds its lowering choices.
@@ -36,6 +39,7 @@ def train(
     *,
     observer: Observer | None = None,
     device: torch.device | Sequence[torch.device] | None = None,
+    limits: Limits | None = None,
 ) -> dict[ModelId, float]:
     """Train all models of a document, and say what happens to each.
 
@@ -45,22 +49,46 @@ def train(
         report: Called with each event, in order.
         observer: Sees every step.
         device: Where to train, one or several; default is all CUDA devices, or the CPU.
+        limits: On each operator; default is what fails on these devices for certain.
 
     Returns:
         Each trained model's final metric, aliases included.
 
     Raises:
-        GraphDataError: files that the document refers to are missing or changed.
+        GraphDataError: files that the document refers to are missing or changed, or groups of its
+            nodes do not do the same work.
+        SpecError: settings of its tuning are refused.
         TrialError: the checkpoint in the folder cannot be read.
     """
     given = [device] if isinstance(device, torch.device) else list(device or _all_devices())
     given = [torch.device(d.type, d.index or 0) if d.type == "cuda" else d for d in given]
     data.check_files()
     tuning = Tuning.from_json(data.experiment.get("tuning", {}))
+    constants = _constants(data)
+    data, refused = admit(data, constants, limits or Limits.of_memory(_total_bytes(given)))
+    for id_, reason in refused.items():
+        report(_failed(id_, reason))
     with tf32(tuning.tf32):
-        trial = _Trial(data, folder, report, observer, given, tuning)
+        trial = _Trial(data, constants, folder, report, observer, given, tuning)
         trial.run()
     return trial.metrics()
+
+
+def _constants(data: GraphData) -> dict[str, Tensor]:
+    if data.constants is None:
+        return {}
+    return weights.load(data.base / data.constants.file)
+
+
+def _failed(id_: ModelId, error: str) -> Event:
+    value = {"success": False, "error": cut(error), "weights": None, "sha256": None}
+    return Event(id_, "ended", None, value)
+
+
+def _total_bytes(devices: Sequence[torch.device]) -> int:
+    """Memory of the largest device, whoever uses it."""
+    sizes = [torch.cuda.get_device_properties(d).total_memory for d in devices if d.type == "cuda"]
+    return max(sizes, default=int(psutil.virtual_memory().total))
 
 
 def _all_devices() -> list[torch.device]:
@@ -72,6 +100,7 @@ class _Trial:
     def __init__(
         self,
         data: GraphData,
+        constants: Mapping[str, Tensor],
         folder: Path,
         report: Report,
         observer: Observer | None,
@@ -87,7 +116,6 @@ class _Trial:
             if member is not None:
                 self.members[entry.id] = member
         self._resume()
-        constants = self._constants()
         record = Record(folder / RECORD, devices[0], tuning.record)
         tuner = partial(make_tuner, tuning, record=record, tell=self._tell)
         self.cohorts = [
@@ -101,21 +129,22 @@ class _Trial:
     def _member(self, entry: ModelEntry, device: torch.device) -> Member | None:
         try:
             return Member(entry, self.data, device, self.folder, self.report)
-        except CgoError as error:
-            ended = {"success": False, "error": cut(str(error)), "weights": None, "sha256": None}
-            self.report(Event(entry.id, "ended", None, ended))
+        except Exception as error:  # of its factory, optimizer or file: its own failure
+            text = str(error) if isinstance(error, CgoError) else f"{type(error).__name__}: {error}"
+            self.report(_failed(entry.id, text))
             return None
 
     def _resume(self) -> None:
         records = checkpoint.load(self.folder) or {}
         for id_, member in self.members.items():
-            if id_ in records:
-                member.load(records[id_])
-
-    def _constants(self) -> dict[str, Tensor]:
-        if self.data.constants is None:
-            return {}
-        return weights.load(self.data.base / self.data.constants.file)
+            try:
+                if id_ in records:
+                    member.load(records[id_])
+            except Exception as error:
+                raise TrialError(
+                    f"checkpoint {self.folder / checkpoint.NAME} does not fit model {id_!r}: "
+                    f"{type(error).__name__}: {error}; remove it to start over"
+                ) from error
 
     def _by_data(self) -> dict[str, list[Member]]:
         grouped: dict[str, list[Member]] = {}

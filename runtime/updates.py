@@ -66,15 +66,18 @@ class Updates:
         """Whether `step` updates this model."""
         return self._plan.get(model) is not None
 
-    def step(self, without: frozenset[ModelId] = frozenset()) -> None:
+    def step(self, without: frozenset[ModelId] = frozenset()) -> dict[ModelId, Exception]:
         """Clip, update, and step the schedulers that go by steps.
 
         Args:
             without: Models that stay as they are.
+
+        Returns:
+            Whose scheduler raised, and what.
         """
         self.prepare(without)
         self.apply()
-        self.finish()
+        return self.finish()
 
     def prepare(self, without: frozenset[ModelId] = frozenset()) -> None:
         """Read the models' hyper-parameters, and arrange anew what they or gradients ask for."""
@@ -115,13 +118,18 @@ class Updates:
             for flat in self._flats:
                 flat.apply()
 
-    def finish(self) -> None:
-        """Step the schedulers that go by steps."""
+    def finish(self) -> dict[ModelId, Exception]:
+        """Step the schedulers that go by steps; returns whose raised, and what."""
+        failures: dict[ModelId, Exception] = {}
         for model, updater in self._updaters.items():
             if self.covers(model):
                 # What schedulers look at to warn of a missing optimizer step.
                 updater.optimizer._opt_called = True  # type: ignore[attr-defined]
-                updater.step_scheduler()
+                try:
+                    updater.step_scheduler()
+                except Exception as error:
+                    failures[model] = error
+        return failures
 
     def without_kernels(self) -> None:
         """Leave out kernels, which allocate nothing, where only memory is looked at."""
