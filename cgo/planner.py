@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cgo import weights
 from cgo.capture import Captured, Capturer, Examples
-from cgo.errors import CgoError
+from cgo.errors import CgoError, ModelError
 from cgo.graph import Graph, ModelId
 from cgo.graph_data import FileRef, GraphData, ModelEntry, file_sha256
 from cgo.ids import file_name
@@ -30,6 +30,7 @@ from cgo.passes.pipeline import run_pipeline
 from cgo.passes.place import Need, estimate_needs
 from cgo.passes.unmerged import Family, unmerged
 from cgo.runtime.placing import state_bytes
+from cgo.wire import why_unwritable
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ class Planner:
         return {id_: self._captured.pop(id_) for id_ in ids if id_ in self._captured}, failures
 
     def _capture(self, model: Model) -> Captured:
-        return self._capturer.capture(model, self._examples_of(model.data))
+        return _writable(self._capturer.capture(model, self._examples_of(model.data)))
 
     def _examples_of(self, spec: DataSpec) -> Examples:
         if spec.digest not in self._examples:
@@ -251,6 +252,17 @@ class Planner:
         )
         data.write(folder / "graph.json")
         return data
+
+
+def _writable(captured: Captured) -> Captured:
+    """The capture; as an opaque lane if a trial would refuse to read it, and all its company."""
+    reason = None if captured.graph is None else why_unwritable(captured.graph)
+    if reason is None:
+        return captured
+    entry = captured.entry
+    if entry.factory is None:
+        raise ModelError(f"model {entry.id!r}: its graph cannot be sent to a trial: {reason}")
+    return Captured(replace(entry, opaque=reason), None)
 
 
 def _need(captured: Captured) -> Need:

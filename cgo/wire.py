@@ -204,6 +204,18 @@ def encode_argument(argument: Argument) -> Any:
     raise GraphDataError(f"{argument!r} of type {kind.__name__} cannot be an argument")
 
 
+def why_unwritable(graph: Graph) -> str | None:
+    """Why a graph would be refused when its document is read, or None: the first reason."""
+    for node in graph.nodes:
+        try:
+            _decode_node(_NodeDoc.model_validate(_encode_node(node)))
+        except GraphDataError as error:
+            return str(error)
+        except ValidationError as error:
+            return f"%{node.name}: {describe(error)}"
+    return None
+
+
 # --- reading ----------------------------------------------------------------------------------
 
 

@@ -38,6 +38,7 @@ from cgo.nni.trial import CANCELLED, events_of, is_metric, order_of
 from cgo.platforms import guard
 from cgo.platforms.base import TrialExit, TrialId, TrialRequest
 from cgo.platforms.local import GRACE_S, MALLOC, THREADS, last_lines
+from cgo.platforms.nni_fence import fenced
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,9 @@ class NniPlatform:
         port: Of NNI's manager and web page; a free one by default.
         working_directory: Where NNI keeps its own logs; its default if not given.
         python: What starts Python on a worker; this interpreter's path by default.
+        private: Whether NNI's manager and its web page are for this machine alone. NNI asks nobody
+            for a password: without, whoever reaches the port can read, stop and start trials, that
+            is, run code.
     """
 
     def __init__(
@@ -82,11 +86,13 @@ class NniPlatform:
         port: int | None = None,
         working_directory: str | Path | None = None,
         python: str | None = None,
+        private: bool = True,
     ) -> None:
         if concurrency < 1:
             raise ValueError(f"concurrency: expected at least 1, got {concurrency}")
         self._service, self._workers, self._port = training_service, range(concurrency), port
         self._working_directory = working_directory
+        self._private = private
         self._python = python or shlex.quote(sys.executable)
         self._manager: _Manager | None = None
         self._allowed: tuple[str, ...] | None = None  # modules that its trials may import
@@ -123,7 +129,8 @@ class NniPlatform:
     def _alive_manager(self, allowed: tuple[str, ...] | None) -> _Manager:
         if self._manager is None or not self._manager.alive:
             config = self._config(allowed)
-            self._manager = _Manager(config, self._port, self._heard, self._ended, self._died)
+            told = self._heard, self._ended, self._died
+            self._manager = _Manager(config, self._port, *told, private=self._private)
             self._allowed = allowed
         elif allowed != self._allowed:
             raise TrialError(
@@ -318,6 +325,8 @@ class _Manager:
         heard: Callable[[Any], None],
         ended: Callable[[str, str], None],
         died: Callable[[_Manager], None],
+        *,
+        private: bool,
     ) -> None:
         self.port = port or _free_port()
         self._heard, self._told_death = heard, died
@@ -331,7 +340,8 @@ class _Manager:
         url = f"ws://localhost:{self.port}/tuner"
         try:
             self._experiment._start_logging(False)
-            self._experiment._start_nni_manager(self.port, False, RunMode.Detach, url, ["cgo"])
+            with fenced(self.port, private=private, local=_is_local(config)):
+                self._experiment._start_nni_manager(self.port, False, RunMode.Detach, url, ["cgo"])
         except Exception as error:
             raise TrialError(f"NNI's manager cannot be started: {error}") from error
         assert self._experiment._proc is not None
@@ -426,6 +436,12 @@ class _Manager:
         with contextlib.suppress(Exception):
             self._experiment._stop_logging()
         self._code.cleanup()
+
+
+def _is_local(config: ExperimentConfig) -> bool:
+    """Whether all trials run on this machine."""
+    service = config.training_service
+    return not isinstance(service, list) and service.platform == "local"
 
 
 def _kill_trial(pid: int) -> None:
