@@ -91,7 +91,7 @@ _INTERNAL = frozenset(
     _adaptive_avg_pool2d _adaptive_avg_pool3d _upsample_nearest_exact1d _upsample_nearest_exact2d
     _upsample_nearest_exact3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa
     _upsample_lanczos2d_aa _unsafe_view _reshape_alias _reshape_copy _pad_circular _pad_enum
-    _to_copy _conj _conj_copy _conj_physical _neg_view _neg_view_copy _stack _aminmax
+    _to_copy _conj _conj_copy _conj_physical _neg_view _neg_view_copy _aminmax
     _logcumsumexp _shape_as_tensor _dim_arange _unsafe_index _unsafe_index_put
     _unsafe_masked_index _ctc_loss _fft_c2c _fft_c2r _fft_r2c _linalg_det _linalg_eigh
     _linalg_slogdet _linalg_solve_ex _linalg_svd _lu_with_info

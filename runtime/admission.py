@@ -9,6 +9,8 @@ train.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -152,6 +154,8 @@ class _Admission:
             return "reads a value that is no tensor"
         if (reason := self._size_reason([*given, *node.types])) is not None:
             return reason
+        if (reason := _list_reason(node)) is not None:
+            return reason
         try:
             result = self._called(node, given)
         except TooMuch as error:
@@ -163,8 +167,7 @@ class _Admission:
 
     def _called(self, node: Node, given: Sequence[TensorType | None]) -> tuple[Any, ...]:
         """What the operator gives for tensors without elements."""
-        with warnings.catch_warnings(), torch.no_grad(), self._fakes:
-            warnings.simplefilter("ignore")
+        with _silent(), torch.no_grad(), self._fakes:
             rest = iter([_fake(type_) for type_ in given])
             args = [_value(argument, rest) for argument in node.args]
             kwargs = {key: _value(value, rest) for key, value in node.kwargs}
@@ -222,6 +225,35 @@ class _Admission:
                     model,
                     f"{split or 'its state'}: {size:,} bytes in all; at most {most} are taken",
                 )
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keep torch's own account of a call that fails off the terminal: the reason tells it."""
+    chatty = logging.getLogger("torch._subclasses.fake_tensor")
+    level = chatty.level
+    chatty.setLevel(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        chatty.setLevel(level)
+
+
+def _list_reason(node: Node) -> str | None:
+    """Operators on lists of tensors look at the first one, whether there is one or not."""
+    overload = aten(node.op)
+    if overload is None:
+        return None
+    for argument, value in zip(overload._schema.arguments, node.args):
+        if value == () and "List[Tensor]" in str(argument.type):
+            return f"{node.op}: no tensors in {argument.name}"
+    keywords = {argument.name: str(argument.type) for argument in overload._schema.arguments}
+    for key, value in node.kwargs:
+        if value == () and "List[Tensor]" in keywords.get(key, ""):
+            return f"{node.op}: no tensors in {key}"
+    return None
 
 
 def _storage_bytes(type_: TensorType | None) -> int:

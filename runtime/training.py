@@ -24,6 +24,7 @@ from cgo.runtime.device_lanes import Observer
 from cgo.runtime.member import Member, Report
 from cgo.runtime.placing import place_models
 from cgo.runtime.precision import tf32
+from cgo.runtime.records import check_record
 from cgo.runtime.tuning import Record, make_tuner
 from cgo.runtime.watching import Limits
 from cgo.tuning import Tuning
@@ -116,6 +117,9 @@ class _Trial:
             if member is not None:
                 self.members[entry.id] = member
         self._resume()
+        given = [] if tuning.record is None else [Path(tuning.record)]
+        for path in (*given, *([folder / RECORD] if (folder / RECORD).exists() else [])):
+            check_record(path)
         record = Record(folder / RECORD, devices[0], tuning.record)
         tuner = partial(make_tuner, tuning, record=record, tell=self._tell)
         self.cohorts = [
