@@ -178,6 +178,8 @@ def _check_fields(node: Node, where: str) -> None:
     if node.args or (unknown := given.keys() - fields.keys() - more.get(node.op, set())):
         said = "arguments" if node.args else ", ".join(sorted(unknown))
         raise GraphDataError(f"{where}: {node.op} takes no {said}")
+    if "twins" in given and type(given["twins"]) is not tuple:
+        raise GraphDataError(f"{where}: twins {given['twins']!r:.60} is no list")
     if len(node.types) != 1 or node.types[0] is None:
         raise GraphDataError(f"{where}: {node.op} gives one tensor")
 

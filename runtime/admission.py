@@ -167,7 +167,7 @@ class _Admission:
 
     def _called(self, node: Node, given: Sequence[TensorType | None]) -> tuple[Any, ...]:
         """What the operator gives for tensors without elements."""
-        with _silent(), torch.no_grad(), self._fakes:
+        with silent(), torch.no_grad(), self._fakes:
             rest = iter([_fake(type_) for type_ in given])
             args = [_value(argument, rest) for argument in node.args]
             kwargs = {key: _value(value, rest) for key, value in node.kwargs}
@@ -228,7 +228,7 @@ class _Admission:
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """Keep torch's own account of a call that fails off the terminal: the reason tells it."""
     chatty = logging.getLogger("torch._subclasses.fake_tensor")
     level = chatty.level

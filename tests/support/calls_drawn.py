@@ -6,7 +6,6 @@ backward, wherever the checks at the door let it through.
 
 from __future__ import annotations
 
-import warnings
 from random import Random
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cgo.dtypes import DTYPES
 from cgo.operators import aten
+from cgo.runtime.admission import silent
 from cgo.wire import decode_argument
 
 SMALL = [-2, -1, 0, 1, 1, 2, 2, 3, 4, 5]
@@ -100,8 +100,7 @@ def types_of(op: str, args: Any, kwargs: Any, nodes: dict[str, Any]) -> list[Any
         return value
 
     try:
-        with warnings.catch_warnings(), torch.no_grad(), FakeTensorMode():
-            warnings.simplefilter("ignore")
+        with silent(), torch.no_grad(), FakeTensorMode():
             result = aten(op)(*map(real, args), **{k: real(v) for k, v in kwargs.items()})
     except Exception:
         return None
@@ -166,10 +165,10 @@ def _append(
     # What it reads is now of one model more, where it was shared or dead before: named anew below.
     document["nodes"] += more
     output["ref"] = {"ref": [f"{name}_add", 0]}
-    _own_again(document)
+    own_again(document)
 
 
-def _own_again(document: Any) -> None:
+def own_again(document: Any) -> None:
     """Owners as the outputs now ask for them."""
     owners: dict[str, set[str]] = {}
     for output in document["outputs"]:

@@ -80,8 +80,12 @@ def cnn(width=2, stride=1):
     )  # fmt: skip
 
 
+#: A tensor that is no parameter or buffer of anything: a constant of the document.
+POSITIONS = torch.arange(MOST) / 10
+
+
 class Reader(nn.Module):
-    """Embedding, attention, layer norm; with tied weights and a frozen table of constants."""
+    """Embedding, attention, layer norm; with tied weights and a table of constants."""
 
     def __init__(self, width):
         super().__init__()
@@ -94,8 +98,7 @@ class Reader(nn.Module):
 
     def forward(self, x):
         h = self.embed(x)
-        positions = torch.arange(h.shape[1]) / 10
-        h = h + positions.unsqueeze(1)
+        h = h + POSITIONS[: h.shape[1], None]
         h = self.norm(h + self.attend(h, h, h, need_weights=False)[0])
         return self.head(self.out(h).mean(1))
 
