@@ -68,6 +68,8 @@ class MergedLanes:
             self._pack(models)
             self._packed.zero_grad()
             bounds = [self._bound(f"train/{size}", ids) for ids in self._chosen.programs]
+        except OSError:  # of the folder or the disk, and no model's fault
+            raise
         except Exception as error:  # before any random number is drawn
             return self._train_unplanned(models, leaves, size, without_frames(error))
         drawn = [bound.draw() for bound in bounds]
@@ -306,6 +308,8 @@ class MergedLanes:
         try:
             self._pack(models)
             programs = self._chosen.programs
+        except OSError:
+            raise
         except Exception as error:
             self._warn("models are planned apart", error)
             self._packed_for = ()

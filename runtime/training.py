@@ -64,6 +64,7 @@ def train(
     given = [device] if isinstance(device, torch.device) else list(device or _all_devices())
     given = [torch.device(d.type, d.index or 0) if d.type == "cuda" else d for d in given]
     data.check_files()
+    folder.mkdir(parents=True, exist_ok=True)
     tuning = Tuning.from_json(data.experiment.get("tuning", {}))
     constants = _constants(data)
     data, refused = admit(data, constants, limits or Limits.of_memory(_total_bytes(given)))

@@ -599,6 +599,23 @@ def test_company_keeps_its_bits(made, documents, tmp_path):
         assert with_it[id_]["sha256"] == without[id_]["sha256"]
 
 
+def test_a_model_that_cannot_be_planned(made, documents, tmp_path):
+    """Found while all are planned together: the others are, without it, and keep their bits."""
+    document = documents["points"]
+    for node in document["nodes"]:
+        node.pop("group", None)
+    alone = copy.deepcopy(document)
+    relu = node_of(document, "aten.relu.default", "b")
+    assert relu["owners"] == ["b"]
+    relu["autocast"] = "bfloat16"  # its neighbours in the model have none
+    relu["types"][0]["dtype"] = "float32"
+    ended = trained(document, made[1] / "points", tmp_path / "with")
+    without = trained(alone, made[1] / "points", tmp_path / "without")
+    assert "relu (autocast bfloat16) reads %b/train/4/batch_norm (autoc" in ended["b"]["error"]
+    for id_ in ("a", "c"):
+        assert ended[id_]["sha256"] == without[id_]["sha256"]
+
+
 # --- training ---------------------------------------------------------------------------------
 
 KWARGS = [
@@ -636,6 +653,33 @@ def test_kwargs_of_optimizers_and_schedulers(
     assert ended["c"]["success"]
     if not ended["b"]["success"]:
         assert ended["b"]["error"]
+
+
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+@pytest.mark.parametrize("tuning", [{}, {"capture": True}])
+def test_a_scheduler_that_ends_too_early(interval, tuning, made, documents, tmp_path):
+    """OneCycleLR raises past its last step, which ends its model and no other."""
+    document = documents["points"]
+    document["experiment"]["tuning"] |= tuning
+    for model in document["models"]:
+        model["training"]["epochs"] = 4
+    training = document["models"][1]["training"]
+    training |= {"scheduler": "OneCycleLR", "scheduler_interval": interval}
+    training["scheduler_kwargs"] = {"max_lr": 1.0, "total_steps": 2}
+    ended = trained(document, made[1] / "points", tmp_path)
+    assert "Tried to step 3 times" in ended["b"]["error"]
+    assert ended["a"]["success"]
+    assert ended["c"]["success"]
+
+
+def test_a_document_of_other_data(made, documents, tmp_path):
+    """Batches that the document has no programs for."""
+    document = documents["points"]
+    (digest,) = document["data"]
+    document["data"][digest]["batch_size"] = 3
+    ended = trained(document, made[1] / "points", tmp_path)
+    for value in ended.values():
+        assert "the document has no program train/2 for it" in value["error"]
 
 
 # --- the list in SECURITY.md ------------------------------------------------------------------

@@ -1,11 +1,16 @@
 """How many models a trial can hold, and captures that one planner hands to another."""
 
 import pytest
+from support.hostile import chebyshev
 from support.merged import Case
 
+import cgo
 from cgo.bench.families import FAMILIES
+from cgo.errors import ModelError
 from cgo.graph import dump
+from cgo.graph_data import GraphData
 from cgo.planner import Planner
+from cgo.trial import execute
 
 WIDE = {"width": 512}  # 64 * 512 + 512 + 512 * 10 + 10 parameters, or about 150 KB
 
@@ -47,3 +52,17 @@ def test_adopted_captures_give_the_plan_that_capturing_gives(tmp_path):
     assert dump(adopted.graph_data.graph) == dump(own.graph_data.graph)
     assert adopted.graph_data.models == own.graph_data.models
     assert second.captured() == {}
+
+
+def test_what_a_trial_would_refuse_to_read_is_an_opaque_lane(tmp_path):
+    """One such graph would cost its company the whole document."""
+    data = cgo.DataSpec("support.hostile:points", batch_size=4)
+    given = {"data": data, "training": cgo.TrainingSpec()}
+    odd = cgo.Model("support.hostile:chebyshev", model_id="odd", **given)
+    plan = Planner().plan([odd, cgo.Model("support.hostile:mlp", model_id="m", **given)], tmp_path)
+    assert not plan.failures
+    assert "operator 'aten.special_chebyshev_polynomial_t" in plan.report.opaque["odd"]
+    assert {model.id for model in GraphData.read(tmp_path / "graph.json").models} == {"odd", "m"}
+    assert set(execute(plan.graph_data, folder=tmp_path)) == {"odd", "m"}
+    with pytest.raises(ModelError, match="'odd': its graph cannot be sent to a trial"):
+        Planner()._capture(cgo.Model(chebyshev(), model_id="odd", **given))

@@ -160,6 +160,21 @@ def decides():
     return Decides()
 
 
+class Chebyshev(nn.Module):
+    """Its operator may not stand in a document: it takes as long as a number says."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.body(torch.special.chebyshev_polynomial_t(x, 2))
+
+
+def chebyshev():
+    return Chebyshev()
+
+
 def noise(scale=0.1):
     """An augmentation."""
 
