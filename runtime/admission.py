@@ -40,7 +40,6 @@ from cgo.graph import (
 from cgo.graph_data import GraphData
 from cgo.limits import storage_elements
 from cgo.operators import aten
-from cgo.passes.batch_operators import signatures
 from cgo.passes.sharing import argument_key
 from cgo.passes.work import is_view
 from cgo.runtime.operators import filler, symbol_value
@@ -82,18 +81,35 @@ def admit(
 
 
 def _check_groups(graph: Graph) -> None:
-    members = [node for node in graph.nodes if node.group is not None]
-    first: dict[str, tuple[Node, Any]] = {}
-    for node, signature in zip(members, signatures(graph, members)):
-        assert node.group is not None
-        # Which programs and data need a member may differ: they are executed in parts.
-        own = signature._replace(programs=frozenset(), data=frozenset())
+    nodes = {node.name: node for node in graph.nodes}
+    first: dict[str, tuple[Node, object]] = {}
+    for node in graph.nodes:
+        if node.group is None:
+            continue
+        own = _work(node, nodes)
         other, known = first.setdefault(node.group, (node, own))
         if own != known:
             raise GraphDataError(
                 f"%{node.name} and %{other.name} are of one group {node.group!r}, and differ in "
                 "arguments, shapes or what is trained; group them separately"
             )
+
+
+def _work(node: Node, nodes: Mapping[str, Node]) -> object:
+    """Equal for nodes whose work one operator may do; `passes.batch_operators` groups by more."""
+    refs: list[Ref] = []
+    arguments = argument_key(node.args, refs), argument_key(node.kwargs, refs)
+    read = [(nodes[ref.name], nodes[ref.name].types[ref.index]) for ref in refs]
+    inputs = [
+        (source.op if source.op in SOURCES else "", source.keyword("trainable"), _plain(type_))
+        for source, type_ in read
+    ]
+    return node.op, node.autocast, arguments, inputs, [_plain(type_) for type_ in node.types]
+
+
+def _plain(type_: TensorType | None) -> tuple[str, tuple[int, ...]] | None:
+    """A type without strides, in which members of a group may differ."""
+    return None if type_ is None else (type_.dtype, type_.shape)
 
 
 class _Admission:
