@@ -20,8 +20,14 @@ from cgo.errors import ImportPathError, SpecError
 ALLOWED_MODULES = "CGO_ALLOWED_MODULES"
 
 #: Whose names stay usable under any limit. They build data sets, modules, optimizers and losses;
-#: the rest of these packages can do more, such as end processes or run files.
-OWN = ("cgo.zoo", "cgo.bench.networks", "cgo.nni.data", "cgo.nni.spaces", "torch.nn", "torch.optim")
+#: the rest of these packages can do more, such as end processes, run files or change all modules.
+OWN = frozenset(
+    {"cgo.zoo", "cgo.bench.networks", "cgo.nni.data", "cgo.nni.spaces", "torch.nn",
+     "torch.nn.functional", "torch.optim", "torch.optim.lr_scheduler"}
+)  # fmt: skip
+
+#: Where torch defines the classes that `torch.nn` and `torch.optim` hold.
+_CLASSES = ("torch.nn.modules.", "torch.optim.")
 
 _MODULE = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*", re.ASCII)
 
@@ -62,9 +68,9 @@ def allowed_modules(environment: Mapping[str, str] = os.environ) -> tuple[str, .
 
 def is_allowed(module: str, allowed: Iterable[str] | None) -> bool:
     """Whether a module, or a package that it is in, is among the allowed ones."""
-    if allowed is None:
+    if allowed is None or module in OWN:
         return True
-    return any(module == name or module.startswith(f"{name}.") for name in (*OWN, *allowed))
+    return any(module == name or module.startswith(f"{name}.") for name in allowed)
 
 
 def check_module(path: str, field: str) -> None:
@@ -92,14 +98,20 @@ def check_found(path: str, found: Any, field: str) -> None:
         home: Any = found.__name__
     elif inspect.isroutine(found) or inspect.isclass(found):
         home = getattr(found, "__module__", None)
-        module, _, name = path.partition(":")
-        built_in = home is None or str(home).startswith("torch._C")
-        if built_in and "." not in name and is_allowed(module, ()):
-            return  # a function of torch's that is written in C++
+        if _is_torchs(path, found, str(home)):
+            return
     else:
         return
     if not isinstance(home, str) or not is_allowed(home, allowed):
         raise ImportPathError(f"{field}: {refusal(path, str(home), allowed)}")
+
+
+def _is_torchs(path: str, found: Any, home: str) -> bool:
+    """A class of torch's that builds a module or an optimizer, or a function written in C++."""
+    if inspect.isclass(found):
+        return home.startswith(_CLASSES)
+    module, _, name = path.partition(":")
+    return (home == "None" or home.startswith("torch._C")) and "." not in name and module in OWN
 
 
 def refusal(path: str, module: str, allowed: Iterable[str] | None) -> str:

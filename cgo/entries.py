@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
 
-from cgo.dtypes import Dtype
+from cgo.dtypes import DTYPES
 from cgo.errors import GraphDataError
 from cgo.ids import MODEL_ID
 from cgo.limits import MOST_ELEMENTS, MOST_NAME, MOST_TEXT, check_tensor
@@ -24,9 +24,18 @@ def _printable(text: str) -> str:
     return text
 
 
+def _known_dtype(name: str) -> str:
+    if name not in DTYPES:
+        raise ValueError(f"Input should be one of {', '.join(sorted(DTYPES))}")
+    return name
+
+
 #: Texts as pydantic validates them; `cgo.ids` has the rule of ids.
 Id = Annotated[str, Field(pattern=f"^{MODEL_ID.pattern}$")]
 Name = Annotated[str, Field(max_length=MOST_NAME), AfterValidator(_printable)]
+DtypeName = Annotated[
+    str, AfterValidator(_known_dtype), Field(json_schema_extra={"enum": sorted(DTYPES)})
+]
 Size = Annotated[int, Field(ge=0, le=MOST_ELEMENTS)]
 
 T = TypeVar("T")
@@ -77,7 +86,7 @@ class StateEntry:
 
     path: Name
     kind: Literal["parameter", "buffer"]
-    dtype: Dtype
+    dtype: DtypeName
     shape: tuple[Size, ...]
     trainable: bool = False
     persistent: bool = True  # False: a buffer that state_dict leaves out

@@ -49,7 +49,8 @@ def check_counts(document: dict[str, Any]) -> None:
         GraphDataTooLargeError: there are too many.
     """
     for fields, most in ((("models", "aliases"), MOST_MODELS), (("nodes",), MOST_NODES)):
-        count = sum(len(found) for f in fields if hasattr(found := document.get(f), "__len__"))
+        parts = [document.get(field) for field in fields]
+        count = sum(len(part) for part in parts if isinstance(part, (list, tuple, dict)))
         if count > most:
             raise GraphDataTooLargeError(
                 f"the document has {count:,} {fields[0]}; at most {most:,} are read; merge fewer "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from cgo.errors import ModelError
 from cgo.model import TrainingSpec, optimizer_class, scheduler_class
+
+log = logging.getLogger(__name__)
 
 
 class Updater:
@@ -108,6 +111,10 @@ def _is_number(value: Any) -> bool:
     return value is None or isinstance(value, (float, Tensor))
 
 
+#: Taken for optimizers that cannot step a small dense matrix: what most keep.
+_MOMENTS = 2.0
+
+
 def moments_of(training: TrainingSpec) -> float:
     """Elements that a spec's optimizer keeps for each one of a parameter: 2 for Adam."""
     return _moments(training.optimizer, json.dumps(training.optimizer_kwargs, sort_keys=True))
@@ -118,8 +125,12 @@ def _moments(optimizer: str, kwargs: str) -> float:
     """Seen of a true optimizer of a small parameter."""
     parameter = torch.nn.Parameter(torch.zeros(16, 16))
     parameter.grad = torch.zeros_like(parameter)
-    small = optimizer_class(optimizer)([parameter], **json.loads(kwargs))
-    small.step()
+    try:
+        small = optimizer_class(optimizer)([parameter], **json.loads(kwargs))
+        small.step()
+    except Exception as error:  # which will be the model's own failure, if it fails there too
+        log.debug("moments of %s are not known: %s", optimizer, error)
+        return _MOMENTS
     kept = [value for value in small.state[parameter].values() if isinstance(value, Tensor)]
     return sum(value.numel() for value in kept if value.ndim) / parameter.numel()
 

@@ -73,7 +73,8 @@ def test_allowed_names(path, allow):
      "cgo.imports:resolve", "support.reexports:os.system", "support.reexports:run",
      "support.reexports:loads", "support.reexports:os", "torch.nn.functional:torch.load",
      "torch.nn.functional:importlib.import_module", "support.small:mlp.__class__",
-     "support.small:torch.nn.Linear"],
+     "torch.nn.modules.module:register_module_forward_hook", "torch.nn:Module.register_buffer",
+     "torch.nn:modules.module.register_module_forward_hook", "torch.nn:init.zeros_"],
 )  # fmt: skip
 def test_names_that_lead_elsewhere(path, allow):
     allow("support")

@@ -10,6 +10,7 @@ from cgo.errors import ModelError
 from cgo.graph import dump
 from cgo.graph_data import GraphData
 from cgo.planner import Planner
+from cgo.runtime.optimizers import moments_of
 from cgo.trial import execute
 
 WIDE = {"width": 512}  # 64 * 512 + 512 + 512 * 10 + 10 parameters, or about 150 KB
@@ -52,6 +53,17 @@ def test_adopted_captures_give_the_plan_that_capturing_gives(tmp_path):
     assert dump(adopted.graph_data.graph) == dump(own.graph_data.graph)
     assert adopted.graph_data.models == own.graph_data.models
     assert second.captured() == {}
+
+
+def test_memory_of_an_optimizer_that_cannot_step_is_guessed():
+    """Its model fails as it trains; its company is planned all the same."""
+    odd = cgo.Model(
+        "support.hostile:mlp",
+        data=cgo.DataSpec("support.hostile:points", batch_size=4),
+        training=cgo.TrainingSpec(optimizer="SparseAdam"),
+    )
+    assert moments_of(odd.training) == 2.0
+    assert Planner().fitting([odd], 1e9) == [odd]
 
 
 def test_what_a_trial_would_refuse_to_read_is_an_opaque_lane(tmp_path):

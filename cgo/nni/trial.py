@@ -22,10 +22,12 @@ from typing import Any
 
 import psutil
 
-from cgo.errors import TrialError
+from cgo.allowed import allowed_modules
+from cgo.errors import CgoError, TrialError
 from cgo.events import Event, checked
 from cgo.graph import ModelId
 from cgo.graph_data import GraphData, file_sha256
+from cgo.paths import is_plain
 from cgo.platforms.local import IMPORT_ROOTS
 
 #: The key under which a parameter is ours, and the version of its form.
@@ -100,6 +102,17 @@ def read_order(parameter: Any) -> Order:
             f"the parameter has form {parameter[KEY]!r}, this trial reads {VERSION}; use one "
             "version of cgo-engine on both sides"
         )
+    try:
+        return _read(parameter)
+    except CgoError:
+        raise
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise TrialError(
+            f"the parameter has another form than ours: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _read(parameter: Mapping[str, Any]) -> Order:
     folder = Path(parameter["folder"])
     if not folder.is_dir():
         raise TrialError(
@@ -120,7 +133,7 @@ def _document(parameter: Mapping[str, Any], folder: Path) -> GraphData:
     if parameter["document"] is not None:
         return GraphData.from_json(parameter["document"], base=folder)
     path = folder / "graph.json"
-    if not path.is_file() or file_sha256(path) != parameter["sha256"]:
+    if not is_plain(path) or file_sha256(path) != parameter["sha256"]:
         raise TrialError(
             f"{path} is not the document that was submitted: the folder that worker "
             f"{socket.gethostname()} sees is another, or its copy is old"
@@ -268,11 +281,10 @@ def run() -> int:
 
     parameter = nni.get_next_parameter()
     if isinstance(parameter, dict) and parameter.get(KEY) == VERSION:
-        if Path(parameter["folder"]).is_dir():
-            _write_log(Path(parameter["folder"]))
-        # Before the document is read, which looks for what it names.
-        sys.path[:0] = [root for root in parameter["roots"] if root not in sys.path]
-        os.environ[IMPORT_ROOTS] = os.pathsep.join(parameter["roots"])
+        folder = parameter.get("folder")
+        if isinstance(folder, str) and Path(folder).is_dir():
+            _write_log(Path(folder))
+    enter_roots(parameter)  # before the document is read, which looks for what it names
     order = read_order(parameter)
     watch(order)
     report = Reporter(
@@ -281,6 +293,21 @@ def run() -> int:
     trial.enter(order.document)
     report.finish(trial.execute(order.document, folder=order.folder, report=report))
     return 0
+
+
+def enter_roots(parameter: Any) -> None:
+    """Find user modules where the parameter says.
+
+    Where modules are limited, only the trial's command says it: a folder could hold another module
+    of an allowed name.
+    """
+    given = os.environ.get(IMPORT_ROOTS, "").split(os.pathsep)
+    if allowed_modules() is None and isinstance(parameter, dict):
+        named = parameter.get("roots")
+        given = named if isinstance(named, list) else given
+    roots = [root for root in given if root and isinstance(root, str)]
+    sys.path[:0] = [root for root in roots if root not in sys.path]
+    os.environ[IMPORT_ROOTS] = os.pathsep.join(roots)
 
 
 def _write_log(folder: Path) -> None:

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from cgo.interface import WorkerInfo
 from cgo.nni.trial import CANCELLED, events_of, is_metric, order_of
 from cgo.platforms import guard
 from cgo.platforms.base import TrialExit, TrialId, TrialRequest
-from cgo.platforms.local import GRACE_S, MALLOC, THREADS, last_lines
+from cgo.platforms.local import GRACE_S, IMPORT_ROOTS, MALLOC, THREADS, last_lines
 from cgo.platforms.nni_fence import fenced
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class NniPlatform:
         self._private = private
         self._python = python or shlex.quote(sys.executable)
         self._manager: _Manager | None = None
-        self._allowed: tuple[str, ...] | None = None  # modules that its trials may import
+        self._limit: Mapping[str, str] = {}  # on what its trials import, in their environment
         self._running: dict[TrialId, _Running] = {}
         self._jobs: dict[str, TrialId] = {}
         self._lost: list[str] = []  # jobs that ended before they said whose they are
@@ -119,32 +119,33 @@ class NniPlatform:
         with self._lock:
             if len(self._running) >= len(self._workers) or self._closed:
                 raise TrialError(f"trial {request.trial_id}: no idle worker")
-            manager = self._alive_manager(request.allowed_modules)
+            manager = self._alive_manager(request)
             (request.folder / CANCELLED).unlink(missing_ok=True)
             pids = (os.getpid(), manager.pid)
             order = order_of(request.trial_id, request.folder, request.import_roots, pids)
             self._running[request.trial_id] = _Running(request)
         manager.send(order)
 
-    def _alive_manager(self, allowed: tuple[str, ...] | None) -> _Manager:
+    def _alive_manager(self, request: TrialRequest) -> _Manager:
+        limit = _limit(request)
         if self._manager is None or not self._manager.alive:
-            config = self._config(allowed)
             told = self._heard, self._ended, self._died
+            config = self._config(limit)
             self._manager = _Manager(config, self._port, *told, private=self._private)
-            self._allowed = allowed
-        elif allowed != self._allowed:
+            self._limit = limit
+        elif limit != self._limit:
             raise TrialError(
-                f"allowed_modules {allowed} differ from {self._allowed}, under which NNI's manager "
-                "was started; give each setting a platform of its own"
+                f"allowed_modules and import paths {limit} are not those under which NNI's manager "
+                f"was started, {self._limit}: they stand in its trials' command; give each setting "
+                "a platform of its own, and the engine all import_paths"
             )
         return self._manager
 
-    def _config(self, allowed: tuple[str, ...] | None) -> ExperimentConfig:
+    def _config(self, limit: Mapping[str, str]) -> ExperimentConfig:
         service = self._service
         config = ExperimentConfig(service if isinstance(service, str) else None)
         if not isinstance(service, str):
             config.training_service = service
-        limit = {} if allowed is None else {ALLOWED_MODULES: as_text(allowed)}
         given = {**MALLOC, **THREADS, **limit}
         settings = " ".join(f"{key}={shlex.quote(value)}" for key, value in given.items())
         safe = "-P " if sys.version_info >= (3, 11) else ""
@@ -436,6 +437,14 @@ class _Manager:
         with contextlib.suppress(Exception):
             self._experiment._stop_logging()
         self._code.cleanup()
+
+
+def _limit(request: TrialRequest) -> dict[str, str]:
+    """What limits a trial's imports; where user modules lie is part of it, and of no parameter."""
+    if request.allowed_modules is None:
+        return {}
+    roots = os.pathsep.join(request.import_roots)
+    return {ALLOWED_MODULES: as_text(request.allowed_modules), IMPORT_ROOTS: roots}
 
 
 def _is_local(config: ExperimentConfig) -> bool:
