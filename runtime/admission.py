@@ -39,7 +39,7 @@ from cgo.graph import (
 )
 from cgo.graph_data import GraphData
 from cgo.limits import storage_elements
-from cgo.operators import aten
+from cgo.operators import aten, named_arguments
 from cgo.passes.sharing import argument_key
 from cgo.passes.work import is_view
 from cgo.runtime.operators import filler, symbol_value
@@ -170,7 +170,7 @@ class _Admission:
             return "reads a value that is no tensor"
         if (reason := self._size_reason([*given, *node.types])) is not None:
             return reason
-        if (reason := _list_reason(node)) is not None:
+        if (reason := _list_reason(node) or _reach_reason(node, given)) is not None:
             return reason
         try:
             result = self._called(node, given)
@@ -270,6 +270,25 @@ def _list_reason(node: Node) -> str | None:
         if value == () and "List[Tensor]" in keywords.get(key, ""):
             return f"{node.op}: no tensors in {key}"
     return None
+
+
+def _reach_reason(node: Node, given: Sequence[TensorType | None]) -> str | None:
+    """What looks at memory by strides must look at its argument's: compiled code does not check."""
+    if not node.op.startswith("aten.as_strided"):
+        return None
+    named = named_arguments(node.op, node.args, dict(node.kwargs))
+    size, stride, offset = (named.get(key) for key in ("size", "stride", "storage_offset"))
+    if not all(isinstance(n, tuple) and all(type(i) is int for i in n) for n in (size, stride)):
+        return f"{node.op}: size {size!r:.60} and stride {stride!r:.60} are no lists of numbers"
+    start, first = offset or 0, given[0]
+    assert first is not None
+    if len(size) != len(stride) or min((*size, *stride, start), default=0) < 0:
+        return f"{node.op}: size {list(size)}, stride {list(stride)}, offset {start}"
+    reach, there = (
+        start + storage_elements(size, stride),
+        storage_elements(first.shape, first.stride),
+    )
+    return None if reach <= there else f"{node.op}: reaches over {reach:,} of {there:,} elements"
 
 
 def _storage_bytes(type_: TensorType | None) -> int:

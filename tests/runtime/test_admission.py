@@ -169,3 +169,27 @@ def test_torch_says_nothing_on_the_terminal(families, capfd):
     broken, _ = changed(families["points"], "aten.linear.default", **call)
     assert admit(broken, {}, ENOUGH)[1]
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (((2, 2), (3, 1)), None),
+        (((2, 2), (3, 1), 11), None),
+        (((2, 2), (3, 1), 12), "reaches over 17 of 16 elements"),
+        (((100,), (1,)), "reaches over 100 of 16"),
+        (((2,), (-1,)), "stride [-1]"),
+        (((2,), (1, 1)), "size [2], stride [1, 1]"),
+        (((2,), (1,), -1), "offset -1"),
+        ((2, 1), "are no lists of numbers"),
+    ],
+)
+def test_strides_stay_inside(args, message, families):
+    call = {"op": "aten.as_strided.default", "args": (Ref("a/train/4/batch_norm"), *args)}
+    shape = args[0] if isinstance(args[0], tuple) else (2,)
+    types = (TensorType("float32", shape, args[1] if isinstance(args[1], tuple) else None),)
+    broken, node = changed(families["points"], "aten.relu.default", types=types, **call)
+    said = admit(broken, {}, ENOUGH)[1]["a"]  # what reads it is refused in any case
+    first = said.startswith(f"%{node.name}: aten.as_strided.default: ")
+    assert first is (message is not None)
+    assert message is None or message in said
