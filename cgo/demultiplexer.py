@@ -122,7 +122,10 @@ class Demultiplexer:
 
     def _epoch(self, track: _Track, trial_id: TrialId, event: Event) -> None:
         """Epochs are told in order; one that comes ahead of a gap waits for the missing ones."""
-        done = len(track.model.history)
+        done, training = len(track.model.history), track.model.training
+        if training.metric_name not in event.value or (event.epoch or 0) >= training.epochs:
+            log.warning("trial %s: epoch %s of %r is none", trial_id, event.epoch, event.model)
+            return
         if event.epoch is None or event.epoch < done or event.epoch in track.early:
             log.info("trial %s: repeated epoch %s of %r", trial_id, event.epoch, event.model)
             return

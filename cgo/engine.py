@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from typing_extensions import Self
 
+from cgo.allowed import checked_modules, is_allowed, refusal
 from cgo.errors import (
     BudgetExhaustedError,
     DuplicateModelError,
@@ -60,9 +61,13 @@ class _Engine(AbstractExecutionEngine):
         batch_operators: Which operators of different models may be fused, and how wide; None: none,
             then what a model computes does not depend on its company by a single bit.
         tuning: How trials choose kernels, layouts and group sizes.
+        allowed_modules: Modules and packages that trials may import for what a document names:
+            factories, data sources, losses, metrics, optimizers, schedulers, augmentation. Torch's
+            own names and `cgo.zoo` always may. None: whatever a document names, which is code.
 
     Raises:
         NestedEngineError: this process is a trial, or a worker of a loader.
+        SpecError: `allowed_modules` holds something else than names of modules.
         StoreError: the experiment cannot be opened, or another engine holds it.
     """
 
@@ -78,8 +83,10 @@ class _Engine(AbstractExecutionEngine):
         max_duration_s: float | None = None,
         batch_operators: BatchOperators | None = _FUSE_ALL,
         tuning: Tuning = _TUNED,
+        allowed_modules: Iterable[str] | None = None,
     ) -> None:
         refuse_inside_trial(type(self).__name__)
+        self._allowed_modules = checked_modules(allowed_modules)
         self._import_paths = tuple(str(Path(path).resolve()) for path in import_paths)
         self._max_models, self._max_duration_s = max_models, max_duration_s
         self._started = time.monotonic()
@@ -102,6 +109,7 @@ class _Engine(AbstractExecutionEngine):
                 "max_duration_s": max_duration_s,
                 "tuning": tuning.as_json(),
             },
+            allowed_modules=self._allowed_modules,
         )
         atexit.register(self.close)
 
@@ -142,6 +150,7 @@ class _Engine(AbstractExecutionEngine):
                     "each model its own id"
                 )
             self._check_earlier(model)
+            self._check_modules(model)
             seen[model.model_id] = model
         self._check_budget(len(models))
 
@@ -153,6 +162,16 @@ class _Engine(AbstractExecutionEngine):
                 f"model id {model.model_id!r} stands for another model in experiment "
                 f"{self.experiment_dir}; give this one another id"
             )
+
+    def _check_modules(self, model: Model) -> None:
+        """A trial would refuse the whole document for one name that it may not import."""
+        if self._allowed_modules is None:
+            return
+        for field, path in _named(model):
+            module = path.partition(":")[0]
+            if not is_allowed(module, self._allowed_modules):
+                why = refusal(path, module, self._allowed_modules)
+                raise SpecError(f"submit_models: model {model.model_id!r}: {field}: {why}")
 
     def _check_budget(self, more: int) -> None:
         if self._max_models is not None and len(self._models) + more > self._max_models:
@@ -238,14 +257,7 @@ class _Engine(AbstractExecutionEngine):
 
     def _import_roots(self, models: Sequence[Model]) -> tuple[str, ...]:
         """Where a trial finds what its models name: never through the current directory."""
-        named: dict[str, None] = {}
-        for model in models:
-            training = model.training
-            paths = (
-                model.module, model.data.source, model.data.augment, training.loss,
-                training.optimizer, training.scheduler, *training.metrics,
-            )  # fmt: skip
-            named |= {p: None for p in paths if isinstance(p, str) and is_import_path(p)}
+        named = dict.fromkeys(path for model in models for _, path in _named(model))
         roots = dict.fromkeys((*self._import_paths, *import_roots(named), *_script_folder()))
         return tuple(roots)
 
@@ -294,6 +306,17 @@ def refuse_inside_trial(name: str) -> None:
         "models name, and this one runs a search when it is imported; put what submits models "
         'under `if __name__ == "__main__":`, or into another file'
     )
+
+
+def _named(model: Model) -> list[tuple[str, str]]:
+    """The import paths of a model, each with its field."""
+    training = model.training
+    fields = [
+        ("module", model.module), ("source", model.data.source), ("augment", model.data.augment),
+        ("loss", training.loss), ("optimizer", training.optimizer),
+        ("scheduler", training.scheduler), *(("metrics", metric) for metric in training.metrics),
+    ]  # fmt: skip
+    return [(name, p) for name, p in fields if isinstance(p, str) and is_import_path(p)]
 
 
 def _new_folder() -> Path:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from cgo.dtypes import torch_dtype
 from cgo.errors import GraphError
 
 ModelId = str
@@ -114,11 +115,9 @@ STATE = frozenset({"cgo.parameter", "cgo.buffer"})
 
 def bytes_of(type_: TensorType | None) -> int:
     """The size of a value of this type; nothing for what is no tensor."""
-    import torch
-
     if type_ is None:
         return 0
-    itemsize: int = getattr(torch, type_.dtype).itemsize
+    itemsize: int = torch_dtype(type_.dtype).itemsize
     return math.prod(type_.shape) * itemsize
 
 

@@ -17,15 +17,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from cgo.allowed import check_found, check_module
 from cgo.errors import ImportPathError
 from cgo.user_code import contained, told
 
-IMPORT_PATH = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")
+IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
 def is_import_path(text: str) -> bool:
     """Whether `text` has the form `package.module:name`."""
-    return bool(IMPORT_PATH.match(text))
+    return bool(IMPORT_PATH.fullmatch(text))
 
 
 def resolve(path: str, *, field: str = "import path") -> Any:
@@ -38,8 +39,8 @@ def resolve(path: str, *, field: str = "import path") -> Any:
     A name of the script that runs stands for that script: it is not imported a second time.
 
     Raises:
-        ImportPathError: bad form, `__main__`, a script without a guard, module not importable, or
-            no such name.
+        ImportPathError: bad form, `__main__`, a script without a guard, module not importable or
+            not allowed (see `cgo.allowed`), or no such name.
     """
     if not is_import_path(path):
         raise ImportPathError(f"{field}: {path!r} is not of the form 'package.module:name'")
@@ -49,12 +50,16 @@ def resolve(path: str, *, field: str = "import path") -> Any:
             f"{field}: {path!r} lives in the script being run, which a trial cannot import; "
             "move it to a module of its own and name that"
         )
+    check_module(path, field)
     names = attribute.split(".")
     try:
         with contained:
             found: Any = _module(module_name, names[0])
             for name in names:
                 found = getattr(found, name, _MISSING)
+                check_found(path, found, field)
+    except ImportPathError:
+        raise
     except Exception as error:
         raise ImportPathError(
             f"{field}: cannot import {module_name!r} of {path!r}: {told(error)}"

@@ -6,7 +6,6 @@ import copy
 import hashlib
 import inspect
 import json
-import re
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -24,15 +23,25 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from cgo.errors import SpecError
+from cgo.ids import checked_id
 from cgo.imports import is_import_path, resolve
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-MODEL_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")
-
 _CONFIG = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False)
+
+#: The functions of `torch.nn.functional` that a loss may be.
+LOSSES = frozenset(
+    """
+    binary_cross_entropy binary_cross_entropy_with_logits cosine_embedding_loss cosine_similarity
+    cross_entropy ctc_loss gaussian_nll_loss hinge_embedding_loss huber_loss kl_div l1_loss
+    linear_cross_entropy margin_ranking_loss mse_loss multi_margin_loss multilabel_margin_loss
+    multilabel_soft_margin_loss nll_loss pairwise_distance poisson_nll_loss smooth_l1_loss
+    soft_margin_loss triplet_margin_loss triplet_margin_with_distance_loss
+    """.split()  # noqa: SIM905
+)
 
 #: Why each of these cannot be used; anything else in torch is accepted.
 REFUSED_OPTIMIZERS = {"LBFGS": "it needs a closure that evaluates the model several times a step"}
@@ -120,7 +129,7 @@ class DataSpec:
 
     source: str
     kwargs: dict[str, Any] = Field(default_factory=dict)
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: int = Field(default=32, ge=1, lt=2**31)
     shuffle: bool = True
     drop_last: bool = False
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -197,7 +206,7 @@ class TrainingSpec:
     scheduler: str | None = None
     scheduler_kwargs: dict[str, Any] = Field(default_factory=dict)
     scheduler_interval: Literal["epoch", "step"] = "epoch"
-    epochs: int = Field(default=1, ge=1)
+    epochs: int = Field(default=1, ge=1, lt=2**31)
     grad_clip_norm: float | None = Field(default=None, gt=0)
     precision: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
     loss_scale: float | None = Field(default=None, gt=0, le=2.0**127)  # float32's largest power
@@ -280,7 +289,8 @@ def loss_function(loss: str) -> Callable[[Any, Any], torch.Tensor]:
     else:
         import torch.nn.functional
 
-        found = getattr(torch.nn.functional, loss, None)
+        # No other name is looked up: the module holds more than its functions.
+        found = getattr(torch.nn.functional, loss, None) if loss in LOSSES else None
     if not callable(found):
         raise SpecError(
             f"loss: {loss!r} is neither a torch.nn.functional function nor 'package.module:name'"
@@ -313,7 +323,7 @@ def scheduler_class(name: str) -> type[torch.optim.lr_scheduler.LRScheduler]:
 
 
 def _torch_class(field: str, name: str, module: Any, base: type, refused: Mapping[str, str]) -> Any:
-    found = resolve(name, field=field) if is_import_path(name) else getattr(module, name, None)
+    found = resolve(name, field=field) if is_import_path(name) else vars(module).get(name)
     if inspect.isclass(found):
         for parent in found.__mro__:
             if parent.__name__ in refused:
@@ -418,11 +428,7 @@ class Model:
             raise SpecError(f"Model: {error}") from error
         if model_id is None:
             model_id = _fresh_id(self.module, self.kwargs, data, training, seed)
-        if not isinstance(model_id, str) or not MODEL_ID.match(model_id):
-            raise SpecError(
-                f"Model: model_id: {model_id!r} must be 1 to 100 letters, digits, '_', '.' or '-'"
-            )
-        self.model_id = model_id
+        self.model_id = checked_id(model_id, "Model: model_id")
         self.data = data
         self.training = training
         self.seed = seed

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from cgo import weights
 from cgo.capture import Captured, Capturer, Examples
-from cgo.errors import CgoError, EngineClosedError, UserExitError
+from cgo.errors import CgoError, EngineClosedError, ModelError, UserExitError
 from cgo.graph import Graph, ModelId
 from cgo.graph_data import FileRef, GraphData, ModelEntry, file_sha256
+from cgo.ids import file_name
 from cgo.imports import loaded
 from cgo.model import DataSpec, Model, as_json, digest_of
 from cgo.passes.alias_models import AliasModels, find_aliases
@@ -32,6 +33,7 @@ from cgo.passes.place import Need, estimate_needs
 from cgo.passes.unmerged import Family, unmerged
 from cgo.runtime.placing import state_bytes
 from cgo.user_code import contained, told, where
+from cgo.wire import why_unwritable
 
 log = logging.getLogger(__name__)
 
@@ -264,7 +266,7 @@ class Planner:
         return {id_: self._captured.pop(id_) for id_ in ids if id_ in self._captured}, failures
 
     def _capture(self, model: Model) -> Captured:
-        return self._capturer.capture(model, self._examples_of(model.data))
+        return _writable(self._capturer.capture(model, self._examples_of(model.data)))
 
     def _examples_of(self, spec: DataSpec) -> Examples:
         key = spec.digest
@@ -327,10 +329,10 @@ def _entry(captured: Captured, folder: Path) -> ModelEntry:
     """A model's entry in the document, with the files that it starts from."""
     entry = captured.entry
     if captured.state is not None:
-        file = _write_tensors(folder, f"start/{entry.id}.safetensors", captured.state)
+        file = _write_tensors(folder, f"start/{file_name(entry.id)}.safetensors", captured.state)
         entry = replace(entry, weights=file)
     if captured.begun is not None:
-        file = _write_tensors(folder, f"start/{entry.id}.begun.safetensors", captured.begun)
+        file = _write_tensors(folder, f"begun/{file_name(entry.id)}.safetensors", captured.begun)
         entry = replace(entry, begun=file)
     return entry
 
@@ -360,6 +362,17 @@ def _write(
     )
     data.write(folder / "graph.json")
     return data
+
+
+def _writable(captured: Captured) -> Captured:
+    """The capture; as an opaque lane if a trial would refuse to read it, and all its company."""
+    reason = None if captured.graph is None else why_unwritable(captured.graph)
+    if reason is None:
+        return captured
+    entry = captured.entry
+    if entry.factory is None:
+        raise ModelError(f"model {entry.id!r}: its graph cannot be sent to a trial: {reason}")
+    return Captured(replace(entry, opaque=reason), None)
 
 
 def _need(captured: Captured) -> Need:

@@ -1,4 +1,4 @@
-"""Reading a document in a trial, which may not find what one of its models names."""
+"""Reading a document in a trial, which may lack, or may not import, what one model names."""
 
 from __future__ import annotations
 
@@ -9,25 +9,19 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from cgo.errors import GraphDataError, ImportPathError, SpecError
-from cgo.graph import Graph, ModelId, restrict
-from cgo.graph_data import (
-    GraphData,
-    ModelEntry,
-    _decode_node,
-    _decode_output,
-    _encode_node,
-    _NodeDoc,
-    _OutputDoc,
-)
+from cgo.checks import refused_imports
+from cgo.errors import GraphDataError, GraphDataTooLargeError, ImportPathError, SpecError
+from cgo.graph import ModelId, restrict
+from cgo.graph_data import GraphData, ModelEntry
 from cgo.model import DataSpec, describe
+from cgo.wire import read_graph, written_graph
 
 _ENTRY = TypeAdapter(ModelEntry)
 _SPEC = TypeAdapter(DataSpec)
 
 
 def read_document(text: str | bytes, base: Path) -> tuple[GraphData, dict[ModelId, str]]:
-    """A document without the models that name what cannot be imported here.
+    """A document without the models that name what cannot, or may not, be imported here.
 
     Args:
         text: The document.
@@ -41,6 +35,8 @@ def read_document(text: str | bytes, base: Path) -> tuple[GraphData, dict[ModelI
     """
     try:
         return GraphData.from_json(text, base=base), {}
+    except GraphDataTooLargeError:
+        raise
     except GraphDataError as error:
         refused = _refused(text)
         if not refused:
@@ -52,15 +48,15 @@ def read_document(text: str | bytes, base: Path) -> tuple[GraphData, dict[ModelI
 
 
 def _refused(text: str | bytes) -> dict[ModelId, str]:
-    """The models whose own entry, or whose data, name what cannot be imported."""
+    """The models whose own entry, or whose data, name what cannot or may not be imported."""
     try:
         document = json.loads(text)
+        found = {id_: why for ids, why in refused_imports(document) for id_ in ids}
         data = {key: _import_error(_SPEC, spec) for key, spec in document["data"].items()}
-        return {
-            entry["id"]: f"model {entry['id']!r}: {error}"
-            for entry in document["models"]
-            if (error := _import_error(_ENTRY, entry) or data.get(entry["data"]))
-        }
+        for entry in document["models"]:
+            if error := _import_error(_ENTRY, entry) or data.get(entry["data"]):
+                found.setdefault(entry["id"], f"model {entry['id']!r}: {error}")
+        return found
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
@@ -85,16 +81,13 @@ def _imports(error: ValidationError) -> bool:
 def _without(document: Mapping[str, Any], models: Mapping[ModelId, str]) -> dict[str, Any]:
     """The document's JSON values without some of its models."""
     entries = [entry for entry in document["models"] if entry["id"] not in models]
-    outputs = [output for output in document["outputs"] if output["model"] not in models]
-    nodes = [_decode_node(_NodeDoc.model_validate(node)) for node in document["nodes"]]
-    found = [_decode_output(_OutputDoc.model_validate(output)) for output in outputs]
-    graph = restrict(Graph(tuple(nodes), tuple(found)), models={entry["id"] for entry in entries})
+    kept = {entry["id"] for entry in entries}
+    graph = restrict(read_graph(document["nodes"], document["outputs"]), models=kept)
     used = {entry["data"] for entry in entries}
     return {
         **document,
         "models": entries,
         "data": {key: spec for key, spec in document["data"].items() if key in used},
-        "nodes": [_encode_node(node) for node in graph.nodes],
-        "outputs": outputs,
+        **written_graph(graph),
         "aliases": {a: t for a, t in document.get("aliases", {}).items() if t not in models},
     }

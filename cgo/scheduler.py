@@ -87,6 +87,7 @@ class Scheduler:
         batch_operators: Which operators of different models may be fused; None: none.
         import_roots: Folders for the trial's module path, from the models it trains.
         experiment: JSON settings that trials can read.
+        allowed_modules: What trials may import for their documents; None: whatever these name.
     """
 
     def __init__(
@@ -98,7 +99,9 @@ class Scheduler:
         batch_operators: BatchOperators | None,
         import_roots: Callable[[Sequence[Model]], tuple[str, ...]],
         experiment: Mapping[str, Any],
+        allowed_modules: tuple[str, ...] | None = None,
     ) -> None:
+        self._allowed_modules = allowed_modules
         self.reports: list[MergeReport] = []
         self._experiment = experiment
         self._store, self._platform, self._merge = store, platform, merge
@@ -377,7 +380,8 @@ class Scheduler:
             return
         trained = {entry.id for entry in plan.graph_data.models}
         models = [model for model in fresh if model.model_id in trained]
-        request = TrialRequest(trial_id, Path(folder), self._import_roots(fresh))
+        roots = self._import_roots(fresh)
+        request = TrialRequest(trial_id, Path(folder), roots, self._allowed_modules)
         self._store.add_trial(trial_id, [m.model_id for m in fresh], plan.report.as_json())
         for alias, twin in plan.graph_data.aliases.items():
             self._demultiplexer.alias(alias, twin)

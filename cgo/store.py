@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import sqlite3
 import threading
 import time
@@ -28,7 +29,10 @@ from cgo.events import Event
 from cgo.graph import ModelId
 from cgo.graph_data import file_sha256
 from cgo.model import LATER_FIELDS, DataSpec, Model, ModelStatus, TrainingSpec, as_json
+from cgo.paths import inside
 from cgo.platforms.base import TrialId
+
+log = logging.getLogger(__name__)
 
 JOURNAL = "journal.sqlite"
 VERSION = 1
@@ -168,9 +172,11 @@ class Store:
             "SELECT model_id, trial_id, weights, sha256 FROM results WHERE content = ?", (content,)
         )
         for model_id, trial_id, file, sha256 in rows:
-            path = self.trial_folder(trial_id) / file
-            if path.is_file() and file_sha256(path) == sha256:
-                return self.events(model_id)
+            try:
+                if file_sha256(inside(self.folder / "trials", f"{trial_id}/{file}")) == sha256:
+                    return self.events(model_id)
+            except (OSError, ValueError) as error:
+                log.debug("weights of model %r cannot be used: %s", model_id, error)
         return None
 
     def trial_folder(self, trial_id: TrialId) -> Path:
@@ -197,7 +203,8 @@ class Store:
         self, trial_id: TrialId, ended: Mapping[str, Any]
     ) -> Callable[[], dict[str, torch.Tensor]]:
         """A function that reads a trained model's weights."""
-        return functools.partial(weights.load, self.trial_folder(trial_id) / ended["weights"])
+        name = f"{trial_id}/{ended['weights']}"
+        return functools.partial(_load_inside, self.folder / "trials", name)
 
     def _write(self, sql: str, rows: Sequence[tuple[Any, ...]]) -> None:
         try:
@@ -209,6 +216,14 @@ class Store:
     def _read(self, sql: str, values: tuple[Any, ...] = ()) -> list[Any]:
         with self._lock:
             return self._db.execute(sql, values).fetchall()
+
+
+def _load_inside(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    try:
+        path = inside(folder, name)
+    except ValueError as error:
+        raise StoreError(f"weights: {error}") from error
+    return weights.load(path)
 
 
 def _hold(path: Path) -> Any:
@@ -309,7 +324,8 @@ class Experiment:
     def _load_state(
         self, trial_id: TrialId, ended: Mapping[str, Any]
     ) -> Callable[[], dict[str, torch.Tensor]]:
-        return functools.partial(weights.load, self.folder / "trials" / trial_id / ended["weights"])
+        name = f"{trial_id}/{ended['weights']}"
+        return functools.partial(_load_inside, self.folder / "trials", name)
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:

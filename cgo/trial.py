@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cgo.allowed import ALLOWED_MODULES
 from cgo.errors import TrialError
 from cgo.events import Event, encode
 from cgo.graph import ModelId
@@ -33,6 +34,7 @@ def execute(
     folder: Path | None = None,
     report: Callable[[Event], None] | None = None,
     observer: Any = None,
+    limits: Any = None,
 ) -> dict[ModelId, float]:
     """Train a document's models in this process and return their final metrics.
 
@@ -41,6 +43,8 @@ def execute(
         folder: Where weights and the checkpoint go; default is a temporary folder.
         report: Called with each event.
         observer: See `cgo.runtime.device_lanes.Observer`.
+        limits: On each operator, see `cgo.runtime.watching.Limits`; default is what the devices
+            hold.
 
     Raises:
         TrialError: no document was given and this process is no trial.
@@ -52,8 +56,9 @@ def execute(
         raise TrialError("this process is no trial; give the GraphData to execute")
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="cgo-trial-") as temporary:
-            return train(graph_data, Path(temporary), report or _ignore, observer=observer)
-    return train(graph_data, folder, report or _ignore, observer=observer)
+            given = Path(temporary), report or _ignore
+            return train(graph_data, *given, observer=observer, limits=limits)
+    return train(graph_data, folder, report or _ignore, observer=observer, limits=limits)
 
 
 def _ignore(event: Event) -> None:
@@ -93,9 +98,16 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--events-fd", type=int, default=1, help="where event lines are written")
     parser.add_argument("--parent-fd", type=int, help="a pipe whose closing ends the trial")
+    parser.add_argument(
+        "--allowed-modules",
+        help="modules, with commas between them, that may be imported for the document; without, "
+        f"those of {ALLOWED_MODULES}, and where that is not set, all that the document names",
+    )
     options = parser.parse_args(arguments)
     if options.document is None and "NNI_PLATFORM" not in os.environ:
         parser.error("a document is needed outside of NNI's trials")
+    if options.allowed_modules is not None:
+        os.environ[ALLOWED_MODULES] = options.allowed_modules
     faulthandler.enable(all_threads=False)  # the log then says which line of Python crashed
     terminate_on_signals()
     os.environ.setdefault(IMPORT_ROOTS, "")  # marks trials and what they start

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from functools import cache
+from typing import Any, Literal, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from cgo.errors import SpecError
+from cgo.text import printable
 
 #: How the values of a group lie: as tensors of their own, as (M, ...), or as (N, M*C, ...).
 LANES, STACKED, CHANNELS = "lanes", "stacked", "channels"
@@ -76,6 +81,8 @@ class Tuning:
     checkpoint: bool = False
 
     def __post_init__(self) -> None:
+        for name, kind in _kinds().items():
+            _check_type(name, kind, getattr(self, name))
         if self.most_s < 0 or not 0 <= self.share <= 1:
             raise SpecError(
                 f"tuning: most_s {self.most_s} and share {self.share}; seconds, and a part of 1"
@@ -84,7 +91,7 @@ class Tuning:
             raise SpecError(f"tuning: layout {self.layout!r} is none of {', '.join(_LAYOUTS)}")
         if self.compile not in (None, True, False, "inductor"):
             raise SpecError(f"tuning: compile {self.compile!r}; True, False, None or 'inductor'")
-        if self.memory_bytes is not None and self.memory_bytes < 1:
+        if self.memory_bytes is not None and not 1 <= self.memory_bytes < 2**63:
             raise SpecError(f"tuning: memory_bytes {self.memory_bytes}; at least 1")
         if self.width is not None and self.width < 1:
             raise SpecError(f"tuning: width {self.width}; at least 1")
@@ -112,8 +119,32 @@ class Tuning:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Tuning:
-        """From what `as_json` gave; raises `SpecError` for unknown settings."""
+        """From what `as_json` gave.
+
+        Raises:
+            SpecError: no object, unknown settings, or values of other types than they have.
+        """
+        if not isinstance(values, Mapping):
+            raise SpecError(f"tuning: expected an object of settings, got {values!r:.60}")
         known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise SpecError(f"tuning: {', '.join(unknown)} is none of {', '.join(sorted(known))}")
+        if unknown := sorted(set(values) - known, key=str):
+            named = printable(", ".join(map(str, unknown)), 200)
+            raise SpecError(f"tuning: {named} is none of {', '.join(sorted(known))}")
         return cls(**values)
+
+
+@cache
+def _kinds() -> dict[str, TypeAdapter[Any]]:
+    """What validates each setting, by its annotation."""
+    config = ConfigDict(strict=True)
+    return {name: TypeAdapter(kind, config=config) for name, kind in get_type_hints(Tuning).items()}
+
+
+def _check_type(name: str, kind: TypeAdapter[Any], value: Any) -> None:
+    try:
+        kind.validate_python(value)
+    except ValidationError as error:
+        wanted = " or ".join(dict.fromkeys(item["msg"] for item in error.errors()))
+        raise SpecError(f"tuning: {name} {value!r:.60}: {wanted}") from error
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SpecError(f"tuning: {name} {value}: no finite number")

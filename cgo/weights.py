@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from cgo.errors import StoreError
+from cgo.paths import is_plain
 
 
 def tensor_hash(tensor: torch.Tensor) -> str:
@@ -51,12 +52,14 @@ def load(path: Path) -> dict[str, torch.Tensor]:
     """Read what `save` wrote, aliases included (tied names share one tensor).
 
     Raises:
-        StoreError: the file is missing or damaged.
+        StoreError: the file is missing, damaged or no plain file.
     """
     try:
+        if not is_plain(path):  # opening a pipe would wait for its other end
+            raise OSError("there is no plain file")
         with safe_open(path, framework="pt") as reader:
             state = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
             aliases = json.loads((reader.metadata() or {}).get("aliases", "{}"))
+        return state | {name: state[path_] for name, path_ in aliases.items()}
     except Exception as error:
         raise StoreError(f"cannot read weights {path}: {error}") from error
-    return state | {name: state[path_] for name, path_ in aliases.items()}

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from cgo.dtypes import torch_dtype
 from cgo.errors import DataError
 from cgo.graph import ModelId, Node, Output, homes
 from cgo.private import many_tensors
@@ -275,7 +276,7 @@ def lanes_of(result: LoweredResult, value: Tensor) -> Iterator[tuple[Output, Ten
 def _expected(node: Node) -> tuple[str, torch.dtype, torch.Size]:
     type_ = node.types[0]
     assert type_ is not None
-    return str(node.keyword("leaf")), getattr(torch, type_.dtype), torch.Size(type_.shape)
+    return str(node.keyword("leaf")), torch_dtype(type_.dtype), torch.Size(type_.shape)
 
 
 def expected_leaf(leaves: Leaves, name: str, dtype: torch.dtype, shape: torch.Size) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from cgo.dtypes import torch_dtype
 from cgo.errors import GraphError
 from cgo.graph import Argument, Node, Output, Ref, Symbol
 from cgo.operators import aten
@@ -146,7 +147,7 @@ class Builder:
             type_ = group.types[index]
             if self.setting is not None and type_ is not None:
                 # Autocast may give the parts of a form another dtype than the operator has.
-                dtype = getattr(torch, type_.dtype)
+                dtype = torch_dtype(type_.dtype)
                 value = Packed(self.emitter.call(torch.Tensor.to, value.node, dtype), value.layout)
             self.emitter.set_packed(group.refs(index), value)
         return values is not None

@@ -14,6 +14,7 @@ import torch
 
 from cgo.errors import TrialError
 from cgo.graph import ModelId
+from cgo.paths import open_plain
 from cgo.user_code import told
 
 log = logging.getLogger(__name__)
@@ -119,12 +120,15 @@ def load(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with open_plain(path) as stream:
+            found = torch.load(stream, map_location="cpu", weights_only=True)
+        if not isinstance(found, dict) or not isinstance(found.get("members", {}), dict):
+            raise ValueError("it has another form")
     except Exception as error:
         raise TrialError(
             f"cannot read checkpoint {path}: {error}; remove it to start over"
         ) from error
     if (version := found.get("version")) != VERSION:
         raise TrialError(f"checkpoint {path} has version {version}, expected {VERSION}")
-    members: dict[str, Any] = found["members"]
+    members: dict[str, Any] = found.get("members", {})
     return members

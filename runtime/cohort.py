@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from cgo.errors import CgoError, DataError, ImportPathError
+from cgo.errors import CgoError, DataError, GraphDataError, ImportPathError
 from cgo.graph import Graph, ModelId
 from cgo.graph_data import GraphData
-from cgo.runtime.data import Leaves, Loader, open_data, target_of
+from cgo.runtime.data import DataSets, Leaves, Loader, open_data, target_of
 from cgo.runtime.device_lanes import DeviceLanes, Observer
 from cgo.runtime.member import Member
 from cgo.runtime.meters import EvaluationMeter
@@ -85,7 +85,8 @@ class Cohort:
         members = [member for member in self.running() if len(member.history) == behind]
         started = time.perf_counter()
         for member in members:
-            member.begin_epoch()
+            self._own(member, member.begin_epoch)
+        members = [member for member in members if member.running]
         try:
             loader = self._open()
             self._train(loader, behind, members)
@@ -96,27 +97,46 @@ class Cohort:
             return
         seconds = time.perf_counter() - started
         for member in members:
-            if member.running:
-                self._end_epoch(member, rows[member.id], seconds)
+            if member.running and self._own(member, member.updater.end_epoch):
+                member.end_epoch(rows[member.id], seconds)
             if not member.running:
                 self._forget(member.id)
 
-    def _end_epoch(self, member: Member, row: dict[str, float], seconds: float) -> None:
+    def _own(self, member: Member, action: Callable[[], None]) -> bool:
+        """Do what concerns one model, which fails if that raises; whether it did not."""
         try:
-            member.updater.end_epoch()
+            action()
         except Exception as error:
             self._fail(member, error)
-        else:
-            member.end_epoch(row, seconds)
+            return False
+        return True
 
     def _open(self) -> Loader:
         if self._loader is None:
-            self._loader = Loader(open_data(self.spec), self.lanes[0].device)
+            data = open_data(self.spec)
+            self._check_programs(data)
+            self._loader = Loader(data, self.lanes[0].device)
             epochs = max(member.entry.training.epochs for member in self.members.values())
             for tuner in self._tuners.values():
                 tuner.steps = epochs * len(self._loader.data.train_sizes)
             self._take_stems(self._loader)
         return self._loader
+
+    def _check_programs(self, data: DataSets) -> None:
+        """Fail models whose part of the document has no program for some batch."""
+        sizes = {"train": data.train_sizes, "validation": data.validation_sizes}
+        wanted = {f"{split}/{size}" for split, found in sizes.items() for size in found}
+        losses = {(o.model, o.program) for o in self._graph.outputs if o.role == "loss"}
+        for member in self.running():
+            missing = [name for name in sorted(wanted) if (member.id, name) not in losses]
+            if missing and member.entry.opaque is None:
+                self._fail(
+                    member,
+                    GraphDataError(
+                        f"the document has no program {missing[0]} for it, which the batches of "
+                        "its data need; were the data others when it was planned?"
+                    ),
+                )
 
     def _take_stems(self, loader: Loader) -> None:
         """Let the models read their stems' values, stored or fed, where that repays."""
@@ -173,6 +193,8 @@ class Cohort:
     def _train(self, loader: Loader, epoch: int, members: Sequence[Member]) -> None:
         step = epoch * len(loader.data.train_sizes)
         running = [member.id for member in members if member.running]
+        if not running:
+            return
         if self._stems is not None:
             self._stems.begin("train", epoch)
         for size, batch in loader.train(epoch):

@@ -154,13 +154,20 @@ class CostTable:
         found = self._rows.get((signature.family, signature.sizes, way, width))
         return None if found is None else found[1]
 
-    def remember(self, key: str, value: Any) -> None:
-        """Keep JSON values that were decided by these costs."""
-        self._remembered[key] = value
+    def remember(self, key: str, value: Any, *, anew: bool = False) -> Any:
+        """Keep JSON values that were decided by these costs; returns what is kept.
+
+        That is what was decided first, also by another process meanwhile, unless decided `anew`.
+        """
+        self._remembered.pop(key, None)
         if self._file is not None:
+            instead = "REPLACE" if anew else "IGNORE"
             with self._file:
                 row = (self.key, key, json.dumps(value))
-                self._file.execute("INSERT OR REPLACE INTO choices VALUES (?, ?, ?)", row)
+                self._file.execute(f"INSERT OR {instead} INTO choices VALUES (?, ?, ?)", row)
+        kept = self.recall(key)
+        self._remembered[key] = value if kept is None else kept
+        return self._remembered[key]
 
     def recall(self, key: str) -> Any:
         """What was kept, by this process or one before; None where nothing was."""
@@ -168,7 +175,13 @@ class CostTable:
             asked = "SELECT value FROM choices WHERE device = ? AND key = ?"
             row = self._file.execute(asked, (self.key, key)).fetchone()
             if row is not None:
-                self._remembered[key] = json.loads(row[0])
+                try:
+                    self._remembered[key] = json.loads(row[0])
+                except (TypeError, ValueError, RecursionError) as error:
+                    log.warning("a choice in the table of costs cannot be read: %s", error)
+                    with self._file:
+                        gone = "DELETE FROM choices WHERE device = ? AND key = ?"
+                        self._file.execute(gone, (self.key, key))
         return self._remembered.get(key)
 
     def near(self, signature: Signature, way: str, width: int) -> float | None:

@@ -7,6 +7,7 @@ so that a model that fails leaves its neighbours' numbers as they are. `update` 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -27,6 +28,8 @@ from cgo.runtime.packing import PackedState, plan_packs, release
 from cgo.runtime.scaling import Scaling
 from cgo.runtime.tuning import Chooser
 from cgo.runtime.updates import Updates
+
+log = logging.getLogger(__name__)
 
 
 class MergedLanes:
@@ -51,6 +54,7 @@ class MergedLanes:
         self.expected: dict[str, int] = {}  # bytes of a step, where memory is limited
         self._rehearsed: Cache = {}  # what was found out for it
         self._most_models = 0  # of a program, since memory ran out; 0: no limit
+        self._warned: set[str] = set()
         self._chosen = Choice(graph, ())
         self._packed_for: tuple[ModelId, ...] = ()
         self._packed = PackedState((), self.members)
@@ -60,9 +64,14 @@ class MergedLanes:
 
     def train(self, models: Sequence[ModelId], leaves: Leaves, size: int) -> dict[ModelId, Outcome]:
         """Losses of the given models; gradients wait for `update`."""
-        self._pack(models)
-        self._packed.zero_grad()
-        bounds = [self._bound(f"train/{size}", ids) for ids in self._chosen.programs]
+        try:
+            self._pack(models)
+            self._packed.zero_grad()
+            bounds = [self._bound(f"train/{size}", ids) for ids in self._chosen.programs]
+        except OSError:  # of the folder or the disk, and no model's fault
+            raise
+        except Exception as error:  # before any random number is drawn
+            return self._train_unplanned(models, leaves, size, without_frames(error))
         drawn = [bound.draw() for bound in bounds]
         while True:
             outcomes, failure = self._attempt(bounds, leaves, drawn)
@@ -80,11 +89,50 @@ class MergedLanes:
             drawn = [bound.together(single) for bound in bounds]
         self._unscale(models)
         if self.updates is None:
-            updaters = {model: self.members[model].updater for model in models}
-            on_device = self.device.type != "cpu" or self._chosen.captured
-            accelerator = accelerator_for(self.device) if on_device else None
-            self.updates = Updates(updaters, self._packed.learning, accelerator, self.scaling)
+            self._arrange_updates(models)
         return outcomes
+
+    def _arrange_updates(self, models: Sequence[ModelId]) -> None:
+        """Take the optimizers' steps together; where they cannot be, each model takes its own."""
+        updaters = {model: self.members[model].updater for model in models}
+        on_device = self.device.type != "cpu" or self._chosen.captured
+        accelerator = accelerator_for(self.device) if on_device else None
+        try:
+            self.updates = Updates(updaters, self._packed.learning, accelerator, self.scaling)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            self._warn("optimizers step one by one", error)
+            self._packed.hand_out_gradients()
+
+    def _warn(self, what: str, error: Exception) -> None:
+        """Say once what would be said at every step."""
+        text = f"{what}: {type(error).__name__}: {error}"
+        if text not in self._warned:
+            self._warned.add(text)
+            log.warning("%s", text)
+
+    def _train_unplanned(
+        self, models: Sequence[ModelId], leaves: Leaves, size: int, failure: Exception
+    ) -> dict[ModelId, Outcome]:
+        """Models that cannot be planned together: each is planned alone, which shows whose fault.
+
+        The next step plans those that are left together again.
+        """
+        self._warn("models are planned apart", failure)
+        self._drop_updates()
+        self._packed_for = ()
+        outcomes: dict[ModelId, Outcome] = {}
+        planned: list[ModelId] = []
+        for model in models:
+            try:
+                self._bound(f"train/{size}", [model], packed=False)
+                planned.append(model)
+            except Exception as error:
+                outcomes[model] = without_frames(error)
+        bounds = [self._bound(f"train/{size}", [model], packed=False) for model in planned]
+        drawn = [bound.draw() for bound in bounds]
+        return outcomes | self._train_apart(planned, leaves, size, drawn)
 
     def _attempt(
         self, bounds: Sequence[Bound], leaves: Leaves, drawn: Sequence[Drawn]
@@ -208,8 +256,9 @@ class MergedLanes:
         without = frozenset(model for model in models if self.members[model].diverged)
         failures: dict[ModelId, Exception] = {}
         if self.updates is not None and set(models) == set(self._packed_for):
-            failures = self.updates.step(without)
-            rest = [model for model in models if not self.updates.covers(model)]
+            failures = self._step_together(self.updates, without)
+            covered = self.updates.covers if self.updates is not None else failures.__contains__
+            rest = [model for model in models if not covered(model)]
         else:
             self.hand_out_gradients()
             self._drop_updates()
@@ -220,6 +269,26 @@ class MergedLanes:
         if self.scaling is not None:
             self.scaling.update(models)
         return failures
+
+    def _step_together(
+        self, updates: Updates, without: frozenset[ModelId]
+    ) -> dict[ModelId, Exception]:
+        """The step of all that `updates` covers; returns what failed.
+
+        Hyper-parameters are read before anything is written: what fails there is each model's own.
+        """
+        try:
+            updates.prepare(without)
+        except Exception as error:
+            self._warn("optimizers step one by one", error)
+            self.hand_out_gradients()
+            self._drop_updates()
+            return {}
+        try:
+            updates.apply()
+        except Exception as error:  # some of it may be written
+            return {model: error for model in self._packed_for if updates.covers(model)}
+        return updates.finish()
 
     def step_alone(self, models: Sequence[ModelId]) -> dict[ModelId, Exception]:
         """Let the models' own optimizers take the step; returns what failed."""
@@ -235,22 +304,34 @@ class MergedLanes:
         self, models: Sequence[ModelId], leaves: Leaves, size: int
     ) -> dict[ModelId, Outcome]:
         """Losses and predictions of the given models, without gradients."""
-        self._pack(models)
         outcomes: dict[ModelId, Outcome] = {}
-        for ids in self._chosen.programs:
+        try:
+            self._pack(models)
+            programs = self._chosen.programs
+        except OSError:
+            raise
+        except Exception as error:
+            self._warn("models are planned apart", error)
+            self._packed_for = ()
+            for model in models:
+                outcomes |= self._evaluate([model], leaves, size, packed=False)
+            return outcomes
+        for ids in programs:
             outcomes |= self._evaluate(ids, leaves, size, packed=True)
         return outcomes
 
     def _evaluate(
         self, models: Sequence[ModelId], leaves: Leaves, size: int, *, packed: bool
     ) -> dict[ModelId, Outcome]:
-        bound = self._bound(f"validation/{size}", models, packed=packed)
+        bound: Bound | None = None
         try:
+            bound = self._bound(f"validation/{size}", models, packed=packed)
             results = bound.evaluate(leaves, bound.draw())
             bound.commit(results)  # a module may keep count in evaluation mode, too
             return bound.outcomes(results)
         except Exception as error:
-            bound.restore()
+            if bound is not None:
+                bound.restore()
             failure = without_frames(error)
         if len(models) == 1:
             return {models[0]: failure}

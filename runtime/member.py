@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from cgo import weights
-from cgo.events import Event
+from cgo.events import Event, cut
 from cgo.graph import ModelId
 from cgo.graph_data import GraphData, ModelEntry, file_sha256
+from cgo.ids import file_name
 from cgo.model import loss_function
 from cgo.private.trees import tree_map_only
 from cgo.runtime import checkpoint
@@ -82,10 +83,10 @@ class Member:
 
     def fail(self, error: str) -> None:
         """End the model with an error."""
-        self._end({"success": False, "error": error, "weights": None, "sha256": None})
+        self._end({"success": False, "error": cut(error), "weights": None, "sha256": None})
 
     def _succeed(self, metric: float) -> None:
-        path = self.folder / "weights" / f"{self.id}.safetensors"
+        path = self.folder / "weights" / f"{file_name(self.id)}.safetensors"
         tensors, aliases = self.state.state_dict()
         try:
             weights.save(path, tensors, aliases)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cgo.dtypes import torch_constant, torch_dtype
 from cgo.errors import GraphError
 from cgo.graph import Node, Symbol, TensorType
 
@@ -112,7 +113,7 @@ _FILLS: dict[str, Callable[..., Fill]] = {
 
 def empty(type_: TensorType, device: torch.device, members: int | None = None) -> Tensor:
     """Memory for a tensor of this type, or for several as (M, ...)."""
-    dtype = getattr(torch, type_.dtype)
+    dtype = torch_dtype(type_.dtype)
     if members is not None:
         return torch.empty((members, *type_.shape), dtype=dtype, device=device)
     if type_.stride is None:
@@ -124,4 +125,4 @@ def symbol_value(symbol: Symbol, device: torch.device) -> Any:
     """The torch constant that a literal stands for."""
     if symbol.kind == "device":
         return device
-    return getattr(torch, symbol.value)
+    return torch_constant(symbol.kind, symbol.value)

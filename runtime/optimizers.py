@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ class Updater:
                 f"{told(error)}"
             ) from error
 
+        self._check_numbers()
         self._failed: Exception | None = None  # what zero_grad raised, until the step
         self._plain_zero_grad = type(self.optimizer).zero_grad is torch.optim.Optimizer.zero_grad
 
@@ -49,6 +51,19 @@ class Updater:
         """The first parameter group's learning rate; NaN for an optimizer that has none."""
         rate = self.optimizer.param_groups[0].get("lr")
         return float("nan") if rate is None else float(rate)
+
+    def _check_numbers(self) -> None:
+        """Torch's optimizers check some of their numbers, and compute with the others as given."""
+        if not type(self.optimizer).__module__.startswith("torch.optim"):
+            return
+        for key, value in self.optimizer.param_groups[0].items():
+            parts = value if isinstance(value, (tuple, list)) else (value,)
+            # Muon's rule for rates has a name.
+            if key not in ("params", "adjust_lr_fn") and not all(map(_is_number, parts)):
+                raise ModelError(
+                    f"optimizer {self.training.optimizer}: {key} {value!r:.60} is no number that "
+                    "it can compute with"
+                )
 
     def zero_grad(self) -> None:
         """Forget the last step's gradients; what the optimizer's own way raises, `step` raises."""
@@ -85,15 +100,30 @@ class Updater:
 
     def step_scheduler(self) -> None:
         """Step a scheduler that goes by steps; raises what it raises."""
-        if self.scheduler is not None and self.training.scheduler_interval == "step":
-            with contained:
-                self.scheduler.step()
+        if self.training.scheduler_interval == "step":
+            self._schedule()
 
     def end_epoch(self) -> None:
         """Step a scheduler that goes by epochs; raises what it raises."""
-        if self.scheduler is not None and self.training.scheduler_interval == "epoch":
-            with contained:
-                self.scheduler.step()
+        if self.training.scheduler_interval == "epoch":
+            self._schedule()
+
+    def _schedule(self) -> None:
+        if self.scheduler is None:
+            return
+        with contained:
+            self.scheduler.step()
+        if not _is_number(rate := self.optimizer.param_groups[0]["lr"]):
+            raise ModelError(
+                f"scheduler {self.training.scheduler} gave the learning rate {rate!r:.60}"
+            )
+
+
+def _is_number(value: Any) -> bool:
+    """What an optimizer's setting may be: a flag, None, or a number that a tensor can hold."""
+    if isinstance(value, int):
+        return abs(value) < 2**63
+    return value is None or isinstance(value, (float, Tensor))
 
 
 #: What an optimizer is taken to keep that cannot be tried: as much as Adam.

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from cgo.dtypes import torch_dtype
+
 
 @contextlib.contextmanager
 def tf32(allowed: bool | None) -> Iterator[None]:
@@ -37,7 +39,7 @@ def autocasting(dtype: str | None, device: torch.device) -> contextlib.AbstractC
     """Autocast to a dtype by torch's name for it; nothing for None."""
     if dtype is None:
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=getattr(torch, dtype))
+    return torch.autocast(device.type, dtype=torch_dtype(dtype))
 
 
 def tf32_key() -> str:

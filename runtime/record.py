@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,15 @@ from cgo.errors import TrialError
 from cgo.graph import Ref, inputs_of
 from cgo.passes.assign_layouts import Option
 from cgo.passes.sharing import argument_key
+from cgo.paths import read_plain
 from cgo.runtime.choice import Choice
 from cgo.runtime.costs import CostTable, device_key
+from cgo.tuning import CHANNELS, LANES, STACKED
+
+log = logging.getLogger(__name__)
+
+#: Of a record; those of the largest trials have a hundredth.
+_MOST_BYTES = 2**26
 
 #: Options by group, and whether images have channels last.
 _Found = tuple[dict[str, Option], "bool | None"]
@@ -43,15 +51,15 @@ class Memory:
 
     def find(self) -> _Found | None:
         """What was chosen for such a graph."""
-        found = None if self._anew else self._table.recall(self._key)
-        if found is None:
-            return None
-        return {name: Option(*row) for name, row in found["options"].items()}, found["last"]
+        return None if self._anew else _found(self._table.recall(self._key))
 
-    def add(self, options: Mapping[str, Option], last: bool | None) -> None:
-        """Keep what was chosen."""
+    def add(self, options: Mapping[str, Option], last: bool | None) -> _Found:
+        """Keep what was chosen; returns what is kept, which another trial may have chosen first."""
         rows = {name: [o.form, o.layout, o.width, o.seconds] for name, o in options.items()}
-        self._table.remember(self._key, {"options": rows, "last": last})
+        known = self._table.recall(self._key)
+        anew = self._anew or (known is not None and _found(known) is None)
+        kept = self._table.remember(self._key, {"options": rows, "last": last}, anew=anew)
+        return _found(kept) or (dict(options), last)
 
     def compiled(self, record: Record | None) -> Callable[[str], bool | None]:
         """Tells whether a step was compiled: as the trial's own record has it, or as here."""
@@ -68,7 +76,7 @@ class Memory:
         """Keeps whether a step is compiled, here and in the trial's record."""
 
         def settle(step: str, compiled: bool) -> None:
-            self._table.remember(self._step(step), compiled)
+            self._table.remember(self._step(step), compiled, anew=self._anew)
             if record is not None:
                 record.settle(step, compiled)
 
@@ -126,17 +134,11 @@ class Record:
                 self._read(source)
 
     def _read(self, path: Path) -> None:
-        try:
-            document = json.loads(path.read_text())
-            if document["device"] == self._device:
-                self._choices |= document["choices"]
-                self.compiled |= document.get("compiled", {})
-                self._last |= document.get("images_last", {})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise TrialError(
-                f"{path} is no record of lowering choices: {type(error).__name__}: {error}; give a "
-                "trial's lowering.json, or none"
-            ) from error
+        document = read_record(path)
+        if document["device"] == self._device:
+            self._choices |= document["choices"]
+            self.compiled |= document.get("compiled", {})
+            self._last |= document.get("images_last", {})
 
     def find(self, ruled: Choice) -> tuple[dict[str, Option], bool | None] | None:
         """What was chosen for this graph, divided so; and whether with channels last."""
@@ -169,6 +171,67 @@ class Record:
         partial = self._path.with_suffix(".part")
         partial.write_text(json.dumps(document, indent=1) + "\n")
         partial.replace(self._path)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A trial's `lowering.json`, looked at before it is obeyed: it may come from elsewhere.
+
+    Raises:
+        TrialError: it is no plain file, too large, or of another form.
+    """
+    try:
+        document = json.loads(read_plain(path, _MOST_BYTES))
+        if not _is_record(document):
+            raise ValueError("it has another form")
+    except (OSError, ValueError, RecursionError) as error:
+        raise TrialError(
+            f"{path} is no record of lowering choices: {type(error).__name__}: {error}; give a "
+            "trial's lowering.json, or none"
+        ) from error
+    assert isinstance(document, dict)
+    return document
+
+
+def _is_record(document: Any) -> bool:
+    if not isinstance(document, dict) or not isinstance(document.get("device"), str):
+        return False
+    choices = document.get("choices")
+    flags = [document.get("compiled", {}), document.get("images_last", {})]
+    if not all(isinstance(found, dict) for found in (choices, *flags)):
+        return False
+    assert isinstance(choices, dict)
+    settled = all(_is_flag(value) for found in flags for value in found.values())
+    return settled and all(map(_are_options, choices.values()))
+
+
+def _found(value: Any) -> _Found | None:
+    """What `Memory.add` keeps; None if it is none, or has another form."""
+    if value is None:
+        return None
+    if not isinstance(value, dict) or value.keys() != {"options", "last"}:
+        known = False
+    else:
+        known = _are_options(value["options"]) and _is_flag(value["last"])
+    if not known:
+        log.warning("a remembered choice of kernels has another form; it is made again")
+        return None
+    return {name: Option(*row) for name, row in value["options"].items()}, value["last"]
+
+
+def _is_flag(value: Any) -> bool:
+    return value is None or type(value) is bool
+
+
+def _are_options(rows: Any) -> bool:
+    return isinstance(rows, dict) and all(map(_is_option, rows.values()))
+
+
+def _is_option(row: Any) -> bool:
+    if not isinstance(row, list) or len(row) != 4:
+        return False
+    form, layout, width, seconds = row
+    known = isinstance(form, str) and layout in (LANES, STACKED, CHANNELS)
+    return known and type(width) is int and width >= 1 and type(seconds) in (int, float)
 
 
 def _key(ruled: Choice) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cgo.dtypes import torch_dtype
 from cgo.errors import ModelError
 from cgo.graph import ModelId, TensorType
 from cgo.model import TrainingSpec
@@ -129,7 +130,7 @@ def rehearse_program(
 
 def _value(source: Source) -> Tensor:
     type_ = next(node.types[0] for node in source.nodes if node.types[0] is not None)
-    dtype = getattr(torch, type_.dtype)
+    dtype = torch_dtype(type_.dtype)
     if source.packed:
         return torch.empty((len(source.nodes), *type_.shape), dtype=dtype)
     if type_.stride is None:
@@ -199,7 +200,7 @@ def rehearse_update(
 
 
 def _parameter(type_: TensorType) -> nn.Parameter:
-    return nn.Parameter(torch.empty(type_.shape, dtype=getattr(torch, type_.dtype)))
+    return nn.Parameter(torch.empty(type_.shape, dtype=torch_dtype(type_.dtype)))
 
 
 def _leaf(own: Mapping[Place, Tensor], pack: Pack) -> tuple[Tensor, list[Tensor]]:
@@ -234,7 +235,7 @@ def _with_others(
     after, most = together.after, 0
     for model in apart:
         size = sum(
-            math.prod(type_.shape) * getattr(torch, type_.dtype).itemsize
+            math.prod(type_.shape) * torch_dtype(type_.dtype).itemsize
             for place, type_ in types.items()
             if place[0] == model and place in learning
         )

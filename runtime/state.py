@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from cgo import weights
+from cgo.dtypes import torch_dtype
 from cgo.errors import ModelError
-from cgo.graph_data import GraphData, ModelEntry
+from cgo.graph_data import GraphData, ModelEntry, StateEntry
 from cgo.imports import resolve
 from cgo.runtime.data import preserved_random_state, seed_all
 from cgo.user_code import contained, told
@@ -129,6 +130,7 @@ class ModelState:
             if entry.alias_of is not None:
                 tensors[entry.path] = tensors[entry.alias_of]
                 continue
+            self._check(entry, stored.get(entry.path), "the file holds")
             tensor = stored[entry.path].to(self.device)
             if entry.kind == "parameter":
                 tensor = nn.Parameter(tensor, requires_grad=entry.trainable)
@@ -137,12 +139,30 @@ class ModelState:
 
     def _check_shapes(self) -> None:
         for entry in self.entry.state:
-            tensor = self.tensors.get(entry.path)
-            if tensor is None or tuple(tensor.shape) != entry.shape:
-                found = None if tensor is None else tuple(tensor.shape)
+            self._check(entry, self.tensors.get(entry.path), "the factory built")
+        if more := self.tensors.keys() - {entry.path for entry in self.entry.state}:
+            raise ModelError(
+                f"the factory built {', '.join(sorted(more)[:5])} here and not when the model was "
+                "submitted; a factory must build the same module each time"
+            )
+
+    def _check(self, entry: StateEntry, tensor: Tensor | None, what: str) -> None:
+        """What is there is what the model was submitted with: programs are planned with that."""
+        found = None if tensor is None else tuple(tensor.shape)
+        if tensor is None or found != entry.shape:
+            raise ModelError(
+                f"{what} {entry.path} of shape {found} here and {entry.shape} when the model was "
+                "submitted; a factory must build the same module each time"
+            )
+        if tensor.dtype is not torch_dtype(entry.dtype):
+            raise ModelError(f"{what} {entry.path} of {tensor.dtype}, and not of {entry.dtype}")
+        if self.module is not None:
+            kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
+            trainable = kind == "parameter" and tensor.requires_grad
+            if (kind, trainable) != (entry.kind, entry.trainable):
                 raise ModelError(
-                    f"the factory built {entry.path} of shape {found} here and {entry.shape} when "
-                    "the model was submitted; a factory must build the same module each time"
+                    f"{what} {entry.path} as a {kind} that is {_trained(trainable)}, and not as a "
+                    f"{entry.kind} that is {_trained(entry.trainable)}"
                 )
 
     def parameters(self) -> list[Tensor]:
@@ -213,9 +233,15 @@ class ModelState:
         else:
             with torch.no_grad():
                 for path, tensor in values["tensors"].items():
+                    if tensor.shape != self.tensors[path].shape:
+                        raise ModelError(f"{path} of shape {tuple(tensor.shape)} was kept")
                     self.tensors[path].copy_(tensor)
         self.generator.set_state(values["generator"])
         self.random = RandomState.load(values["random"])
+
+
+def _trained(trainable: bool) -> str:
+    return "trained" if trainable else "not trained"
 
 
 #: Attributes that every module has.

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
 from cgo import weights
 from cgo.errors import CgoError, TrialError, UserExitError
-from cgo.events import Event
+from cgo.events import Event, cut
 from cgo.graph import ModelId
 from cgo.graph_data import GraphData, ModelEntry
 from cgo.runtime import checkpoint
+from cgo.runtime.admission import admit
 from cgo.runtime.cohort import Cohort
 from cgo.runtime.device_lanes import Observer
 from cgo.runtime.member import Member, Report
@@ -25,6 +27,7 @@ from cgo.runtime.placing import place_models
 from cgo.runtime.precision import tf32
 from cgo.runtime.record import Record
 from cgo.runtime.tuning import make_tuner
+from cgo.runtime.watching import Limits
 from cgo.tuning import Tuning
 from cgo.user_code import contained, told
 
@@ -41,6 +44,7 @@ def train(
     *,
     observer: Observer | None = None,
     device: torch.device | Sequence[torch.device] | None = None,
+    limits: Limits | None = None,
 ) -> dict[ModelId, float]:
     """Train all models of a document, and say what happens to each.
 
@@ -50,22 +54,47 @@ def train(
         report: Called with each event, in order.
         observer: Sees every step.
         device: Where to train, one or several; default is all CUDA devices, or the CPU.
+        limits: On each operator; default is what fails on these devices for certain.
 
     Returns:
         Each trained model's final metric, aliases included.
 
     Raises:
-        GraphDataError: files that the document refers to are missing or changed.
+        GraphDataError: files that the document refers to are missing or changed, or groups of its
+            nodes do not do the same work.
+        SpecError: settings of its tuning are refused.
         TrialError: the checkpoint in the folder cannot be read.
     """
     given = [device] if isinstance(device, torch.device) else list(device or _all_devices())
     given = [torch.device(d.type, d.index or 0) if d.type == "cuda" else d for d in given]
     data.check_files()
+    folder.mkdir(parents=True, exist_ok=True)
     tuning = Tuning.from_json(data.experiment.get("tuning", {}))
+    constants = _constants(data)
+    data, refused = admit(data, constants, limits or Limits.of_memory(_total_bytes(given)))
+    for id_, reason in refused.items():
+        report(_failed(id_, reason))
     with tf32(tuning.tf32):
-        trial = _Trial(data, folder, report, observer, given, tuning)
+        trial = _Trial(data, constants, folder, report, observer, given, tuning)
         trial.run()
     return trial.metrics()
+
+
+def _constants(data: GraphData) -> dict[str, Tensor]:
+    if data.constants is None:
+        return {}
+    return weights.load(data.base / data.constants.file)
+
+
+def _failed(id_: ModelId, error: str) -> Event:
+    value = {"success": False, "error": cut(error), "weights": None, "sha256": None}
+    return Event(id_, "ended", None, value)
+
+
+def _total_bytes(devices: Sequence[torch.device]) -> int:
+    """Memory of the largest device, whoever uses it."""
+    sizes = [torch.cuda.get_device_properties(d).total_memory for d in devices if d.type == "cuda"]
+    return max(sizes, default=int(psutil.virtual_memory().total))
 
 
 def _all_devices() -> list[torch.device]:
@@ -77,6 +106,7 @@ class _Trial:
     def __init__(
         self,
         data: GraphData,
+        constants: Mapping[str, Tensor],
         folder: Path,
         report: Report,
         observer: Observer | None,
@@ -93,7 +123,6 @@ class _Trial:
             member = self._resumed(entry, places.devices[entry.id], records.get(entry.id))
             if member is not None:
                 self.members[entry.id] = member
-        constants = self._constants()
         record = Record(folder / RECORD, devices[0], tuning.record)
         tuner = partial(make_tuner, tuning, record=record, tell=self._tell)
         self.cohorts = [
@@ -108,11 +137,11 @@ class _Trial:
         try:
             with contained:
                 return Member(entry, self.data, device, self.folder, self.report)
-        except Exception as error:
+        except Exception as error:  # of its factory, optimizer or file: its own failure
             named = isinstance(error, CgoError) and not isinstance(error, UserExitError)
-            text = str(error) if named else f"building it raised {told(error)}"
-            ended = {"success": False, "error": text, "weights": None, "sha256": None}
-            self.report(Event(entry.id, "ended", None, ended))
+            self.report(
+                _failed(entry.id, str(error) if named else f"building it raised {told(error)}")
+            )
             return None
 
     def _resumed(
@@ -129,11 +158,6 @@ class _Trial:
         except Exception as error:
             log.warning("model %r starts anew: its checkpoint raised %s", entry.id, told(error))
             return self._member(entry, device)
-
-    def _constants(self) -> dict[str, Tensor]:
-        if self.data.constants is None:
-            return {}
-        return weights.load(self.data.base / self.data.constants.file)
 
     def _by_data(self) -> dict[str, list[Member]]:
         grouped: dict[str, list[Member]] = {}

@@ -106,8 +106,11 @@ class Tuner:
         ruled = rules(graph, models)
         memory = Memory(self.table, ruled, self._asked(), anew=self.tuning.anew)
         found = (None if self.record is None else self.record.find(ruled)) or memory.find()
-        options, last = self._decide(ruled.graph) if found is None else found
-        memory.add(options, last)
+        if found is None:
+            options, last = memory.add(*self._decide(ruled.graph))
+        else:
+            options, last = found
+            memory.add(options, last)
         if self.record is not None:
             self.record.add(ruled, options, last)
         self.tell(

@@ -67,10 +67,13 @@ class Updates:
         return self._plan.get(model) is not None
 
     def step(self, without: frozenset[ModelId] = frozenset()) -> dict[ModelId, Exception]:
-        """Clip, update, and step the schedulers that go by steps; returns what failed.
+        """Clip, update, and step the schedulers that go by steps.
 
         Args:
             without: Models that stay as they are.
+
+        Returns:
+            Whose scheduler raised, and what.
         """
         self.prepare(without)
         self.apply()
@@ -116,7 +119,7 @@ class Updates:
                 flat.apply()
 
     def finish(self) -> dict[ModelId, Exception]:
-        """Step the schedulers that go by steps; returns what they raised."""
+        """Step the schedulers that go by steps; returns whose raised, and what."""
         failures: dict[ModelId, Exception] = {}
         for model, updater in self._updaters.items():
             if self.covers(model):

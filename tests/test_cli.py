@@ -101,3 +101,35 @@ def test_the_demo_runs_whole(tmp_path):
 def test_no_arguments_print_the_help(tmp_path):
     done = call(folder=tmp_path, check=False)
     assert "explain" in done.stdout + done.stderr
+
+
+def test_texts_of_others_are_shown_and_not_obeyed():
+    """No markup of rich's, no escape sequences, in ids, errors and arguments."""
+    import io
+
+    from rich.console import Console
+
+    from cgo.cli import view
+    from cgo.cli.explain import _families
+    from cgo.passes.unmerged import Family
+
+    text = "\x1b[2J[red]x[/nothing]\u202e\rhidden"
+    model = cgo.Model(
+        "support.small:mlp",
+        {"hidden": 4},
+        data=cgo.DataSpec("support.small:points", batch_size=8),
+        training=cgo.TrainingSpec(),
+    )
+    model.error, model.model_id, model.kwargs = text, text, {text: text}
+    shown = io.StringIO()
+    console = Console(file=shown, width=300, force_terminal=True)
+    for part in (
+        view.leaderboard([model]), view.failures([model]), view.models_table([model], 5),
+        view.plain(text), _families("x", [Family(op="op", nodes=1, reason=text, example=text)]),
+    ):  # fmt: skip
+        console.print(part)
+    printed = shown.getvalue()
+    assert printed.count("[red]x[/nothing]") >= 8
+    for obeyed in ("\x1b[2J", "\u202e", "\r"):
+        assert obeyed not in printed
+    assert r"\x1b[2J" in printed

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 
 import cgo.graph_data
+from cgo.dtypes import SYMBOLS
 from cgo.errors import (
     GraphDataError,
     GraphDataTooLargeError,
@@ -62,17 +63,17 @@ def graph(arguments: tuple[Argument, ...] = (1, 1.0, True), **kwargs: Argument) 
     facts = (("data", SPEC.digest), ("leaf", "input"), ("size", 4), ("split", "train"))
     type_ = TensorType("float32", (4, 8))
     owners = frozenset({"a"})
-    x = Node("a.x", "cgo.input", (), facts, (type_,), owners)
+    x = Node("a/train/4/x", "cgo.input", (), facts, (type_,), owners)
     y = Node(
-        "a.y",
+        "a/train/4/y",
         "aten.add.Tensor",
-        (Ref("a.x"), *arguments),
+        (Ref("a/train/4/x"), *arguments),
         tuple(sorted(kwargs.items())),
         (TensorType("float32", (4, 8), (1, 4)), None, TensorType("int64", (), None, "cpu")),
         owners,
         autocast="bfloat16",
     )
-    return Graph((x, y), (Output("a", "train/4", "loss", "", Ref("a.y", 2)),))
+    return Graph((x, y), (Output("a", "train/4", "loss", "", Ref("a/train/4/y", 2)),))
 
 
 def document(**changes: Any) -> GraphData:
@@ -107,7 +108,7 @@ def test_round_trip_through_text_and_files(tmp_path):
 def test_defaults_are_left_out_of_nodes():
     first, second = document().dump()["nodes"]
     assert first == {
-        "name": "a.x",
+        "name": "a/train/4/x",
         "op": "cgo.input",
         "kwargs": {"data": SPEC.digest, "leaf": "input", "size": 4, "split": "train"},
         "types": [{"dtype": "float32", "shape": [4, 8]}],
@@ -129,8 +130,8 @@ LITERALS = st.one_of(
     st.floats(),
     st.text(max_size=8),
     st.sampled_from(("inf", "nan", "ref", "")),
-    st.builds(Symbol, st.sampled_from(("dtype", "device")), NAMES),
-    st.just(Ref("a.x")),
+    st.sampled_from([Symbol(kind, name) for kind, names in SYMBOLS.items() for name in names]),
+    st.just(Ref("a/train/4/x")),
 )
 ARGUMENTS = st.recursive(
     LITERALS, lambda inner: st.lists(inner, max_size=4).map(tuple), max_leaves=8
@@ -262,7 +263,7 @@ def with_node(**changes: Any) -> dict[str, Any]:
 def test_unknown_and_mutable_operators(op):
     with pytest.raises(UnknownOperatorError) as caught:
         GraphData.load(with_node(op=op))
-    assert "%a.y (models a)" in str(caught.value)
+    assert "%a/train/4/y (models a)" in str(caught.value)
     assert repr(op) in str(caught.value)
 
 
@@ -270,11 +271,11 @@ def test_unknown_and_mutable_operators(op):
     "argument",
     [
         {},
-        {"ref": ["a.x"]},
-        {"ref": ["a.x", "0"]},
-        {"ref": ["a.x", True]},
-        {"ref": ["a.x", 0], "more": 1},
-        {"ref": "a.x"},
+        {"ref": ["a/train/4/x"]},
+        {"ref": ["a/train/4/x", "0"]},
+        {"ref": ["a/train/4/x", True]},
+        {"ref": ["a/train/4/x", 0], "more": 1},
+        {"ref": "a/train/4/x"},
         {"symbol": ["dtype"]},
         {"symbol": [1, 2]},
         {"float": "1.0"},
@@ -309,7 +310,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 REFUSED = {
     "two models have the id 'a'": wire(models=wire()["models"] * 2),
     "data 'other' is not in the document": changed("models.0.data", "other"),
-    "%a.x: data 'other' is not in the document": changed("nodes.0.kwargs.data", "other"),
+    "%a/train/4/x: data 'other' is not in the document": changed("nodes.0.kwargs.data", "other"),
     "needs either a factory or weights": changed("models.0.factory", None),
     "an opaque model needs a factory": wire(
         models=[
@@ -318,11 +319,15 @@ REFUSED = {
         ]
     ),
     "factory 'no path' is not of the form": changed("models.0.factory.target", "no path"),
-    "reads %a.z, which is not defined before it": changed("nodes.1.args.0", {"ref": ["a.z", 0]}),
-    "reads output 1 of %a.x, which has 1": changed("nodes.1.args.0", {"ref": ["a.x", 1]}),
+    "reads %a/train/4/z, which is not defined before it": changed(
+        "nodes.1.args.0", {"ref": ["a/train/4/z", 0]}
+    ),
+    "reads output 1 of %a/train/4/x, which has 1": changed(
+        "nodes.1.args.0", {"ref": ["a/train/4/x", 1]}
+    ),
     "reads %b, which is not defined": changed("outputs.0.ref", {"ref": ["b", 0]}),
     "output loss of model 'a' is not a reference": changed("outputs.0.ref", 1),
-    "two nodes are called %a.x": changed("nodes.1.name", "a.x"),
+    "two nodes are called %a/train/4/x": changed("nodes.1.name", "a/train/4/x"),
     "owned by ['b'], needed by ['a']": changed("nodes.1.owners", ["b"]),
     "outputs.0.role: Input should be 'loss', 'prediction' or 'update'": changed(
         "outputs.0.role", "other"
@@ -359,15 +364,21 @@ def test_a_missing_field(field):
 
 def test_an_output_for_an_unknown_model():
     made = graph()
-    other = replace(made, outputs=(*made.outputs, Output("b", "train/4", "loss", "", Ref("a.x"))))
+    other = replace(
+        made, outputs=(*made.outputs, Output("b", "train/4", "loss", "", Ref("a/train/4/x")))
+    )
     with pytest.raises(GraphDataError, match="an output is for model 'b', which is not there"):
         GraphData.load(document(graph=prune(other)).dump())
 
 
 def test_constants_without_their_file():
-    constant = Node("a.c", "cgo.constant", (), (("content", "c0"),), (None,), frozenset({"a"}))
-    made = Graph((constant,), (Output("a", "train/4", "loss", "", Ref("a.c")),))
-    with pytest.raises(GraphDataError, match=r"%a\.c: the document has no file of constants"):
+    constant = Node(
+        "a/train/4/c", "cgo.constant", (), (("content", "c0"),), (None,), frozenset({"a"})
+    )
+    made = Graph((constant,), (Output("a", "train/4", "loss", "", Ref("a/train/4/c")),))
+    with pytest.raises(
+        GraphDataError, match=r"%a/train/4/c: the document has no file of constants"
+    ):
         GraphData.load(document(graph=made).dump())
 
 
@@ -413,13 +424,14 @@ def test_reading_imports_no_factory(tmp_path, monkeypatch):
     assert "leaves_a_trace" not in sys.modules
 
 
-@pytest.mark.parametrize("place", ["nodes.1.name", "nodes.1.autocast", "experiment.name"])
+@pytest.mark.parametrize("place", ["nodes.1.name", "nodes.1.group", "experiment.name"])
 def test_an_import_path_elsewhere_is_only_text(place, tmp_path, monkeypatch):
     (tmp_path / "leaves_a_trace.py").write_text("raise SystemExit('imported')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    found = changed(place, "leaves_a_trace:run")
+    text = "a/train/4/leaves_a_trace:run" if place == "nodes.1.name" else "leaves_a_trace:run"
+    found = changed(place, text)
     if place == "nodes.1.name":
-        found["outputs"][0]["ref"] = {"ref": ["leaves_a_trace:run", 2]}
+        found["outputs"][0]["ref"] = {"ref": [text, 2]}
     GraphData.load(found)
     assert "leaves_a_trace" not in sys.modules
 
@@ -446,4 +458,4 @@ def test_the_schema_has_no_dangling_reference():
 
 
 def test_the_graph_in_the_examples_is_what_it_says():
-    assert dump(document().graph).splitlines()[-1] == "a train/4 loss <- %a.y#2"
+    assert dump(document().graph).splitlines()[-1] == "a train/4 loss <- %a/train/4/y#2"

@@ -2,13 +2,17 @@
 
 import pytest
 from support import awkward, small
+from support.hostile import chebyshev
 from support.merged import Case
 
 import cgo
 from cgo.bench.families import FAMILIES
-from cgo.errors import EngineClosedError
+from cgo.errors import EngineClosedError, ModelError
 from cgo.graph import dump
+from cgo.graph_data import GraphData
 from cgo.planner import Planner
+from cgo.runtime.optimizers import moments_of
+from cgo.trial import execute
 
 WIDE = {"width": 512}  # 64 * 512 + 512 + 512 * 10 + 10 parameters, or about 150 KB
 
@@ -170,3 +174,28 @@ def test_a_stopped_planner_captures_nothing_more():
     planner.stop()
     with pytest.raises(EngineClosedError):
         planner.capture([model("late")])
+
+
+def test_memory_of_an_optimizer_that_cannot_step_is_guessed():
+    """Its model fails as it trains; its company is planned all the same."""
+    odd = cgo.Model(
+        "support.hostile:mlp",
+        data=cgo.DataSpec("support.hostile:points", batch_size=4),
+        training=cgo.TrainingSpec(optimizer="SparseAdam"),
+    )
+    assert moments_of(odd.training) == 2.0
+    assert Planner().fitting([odd], 1e9) == [odd]
+
+
+def test_what_a_trial_would_refuse_to_read_is_an_opaque_lane(tmp_path):
+    """One such graph would cost its company the whole document."""
+    data = cgo.DataSpec("support.hostile:points", batch_size=4)
+    given = {"data": data, "training": cgo.TrainingSpec()}
+    odd = cgo.Model("support.hostile:chebyshev", model_id="odd", **given)
+    plan = Planner().plan([odd, cgo.Model("support.hostile:mlp", model_id="m", **given)], tmp_path)
+    assert not plan.failures
+    assert "operator 'aten.special_chebyshev_polynomial_t" in plan.report.opaque["odd"]
+    assert {model.id for model in GraphData.read(tmp_path / "graph.json").models} == {"odd", "m"}
+    assert set(execute(plan.graph_data, folder=tmp_path)) == {"odd", "m"}
+    with pytest.raises(ModelError, match="'odd': its graph cannot be sent to a trial"):
+        Planner()._capture(cgo.Model(chebyshev(), model_id="odd", **given))

@@ -40,3 +40,34 @@ def test_senseless_settings_are_refused(given, message):
 def test_unknown_settings_are_refused():
     with pytest.raises(SpecError, match="tuning: speed is none of"):
         Tuning.from_json({"speed": 11})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"measure": 1}, "measure 1: Input should be a valid boolean"),
+        ({"most_s": "fast"}, "most_s 'fast': Input should be a valid number"),
+        ({"most_s": float("inf")}, "most_s inf: no finite number"),
+        ({"share": float("nan")}, "share nan: no finite number"),
+        ({"share": None}, "share None"),
+        ({"record": 1}, "record 1: Input should be a valid string"),
+        ({"layout": ["lanes"]}, "layout"),
+        ({"width": 2.5}, "width 2.5"),
+        ({"width": True}, "width True: Input should be a valid integer"),
+        ({"tape": "yes"}, "tape 'yes'"),
+        ({"compile": "gcc"}, "compile 'gcc'"),
+        ({"memory_bytes": 2**70}, "memory_bytes"),
+        ({"memory_bytes": "1G"}, "memory_bytes '1G'"),
+        ({"checkpoint": None}, "checkpoint None"),
+        ({"\x1b[31m": 1}, r"tuning: \\x1b\[31m is none of"),
+    ],
+)
+def test_values_of_other_types_are_refused(given, message):
+    with pytest.raises(SpecError, match=f"^tuning: .*{message.removeprefix('tuning: ')}"):
+        Tuning.from_json(given)
+
+
+@pytest.mark.parametrize("given", [[], None, 1, "fast"])
+def test_settings_are_an_object(given):
+    with pytest.raises(SpecError, match=r"^tuning: expected an object of settings"):
+        Tuning.from_json(given)

@@ -11,6 +11,7 @@ from cgo.cli.demo import demo
 from cgo.cli.explain import explain
 from cgo.cli.run import run
 from cgo.errors import CgoError
+from cgo.text import printable
 
 app = typer.Typer(
     help="Train many small PyTorch models of a search as one merged graph.",
@@ -29,5 +30,5 @@ def main() -> None:
     try:
         app()
     except CgoError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)

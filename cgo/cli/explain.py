@@ -24,6 +24,7 @@ from cgo.runtime.builder import Decision
 from cgo.runtime.memory import Cache, estimate
 from cgo.runtime.tuning import make_tuner
 from cgo.search_spec import load
+from cgo.text import printable
 from cgo.tuning import Tuning
 
 #: Steps to plan for: enough that everything may be measured that the settings allow.
@@ -46,7 +47,7 @@ def explain(
         if memory and plan.graph_data is not None:
             _show_memory(Console(), plan.graph_data)
     if dump_graph and plan.graph_data is not None:
-        print(dump(plan.graph_data.graph))
+        print(printable(dump(plan.graph_data.graph)))
 
 
 def show(console: Console, plan: Plan) -> None:
@@ -56,7 +57,7 @@ def show(console: Console, plan: Plan) -> None:
     lines += [f"{a} equals {twin}: trained once" for a, twin in plan.report.aliases.items()]
     lines += [f"{model} cannot be trained: {error}" for model, error in plan.failures.items()]
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(view.plain(line), soft_wrap=True)
     console.print(_families("Not shared", plan.report.unmerged))
     if plan.graph_data is not None:
         tuner = make_tuner(Tuning(share=0.0), torch.device("cpu"), _STEPS)
@@ -129,7 +130,9 @@ def _show_memory(console: Console, data: GraphData) -> None:
     rows = [("merged", merged), *((f"{model} alone", alone[model]) for model in largest)]
     for name, found in rows:
         on_top = found.peak - found.state
-        table.add_row(name, *(f"{size / 1e6:.2f}" for size in (found.state, on_top, found.peak)))
+        table.add_row(
+            view.plain(name), *(f"{size / 1e6:.2f}" for size in (found.state, on_top, found.peak))
+        )
     if (rest := len(alone) - len(largest)) > 0:
         table.add_row(f"... and {rest:,} more", "", "", "")
     console.print(table)
@@ -140,9 +143,8 @@ def _repacked(decisions: Sequence[Decision]) -> Table:
         "before operator", "of nodes", "inputs copied together", "first", title="Repacked"
     )
     for decision in decisions[:_MOST_ROWS]:
-        table.add_row(
-            decision.operator, str(decision.size), str(decision.gathers), decision.example
-        )
+        size, gathers = str(decision.size), str(decision.gathers)
+        table.add_row(decision.operator, size, gathers, view.plain(decision.example))
     if (rest := len(decisions) - _MOST_ROWS) > 0:
         table.add_row(f"... and {rest:,} more", "", "", "")
     return table
@@ -157,5 +159,6 @@ def _sizes(sizes: Sequence[int]) -> str:
 def _families(title: str, families: Sequence[Family]) -> Table:
     table = Table("operator", "nodes", "reason", "for example", title=title)
     for family in families:
-        table.add_row(family.op, f"{family.nodes:,}", family.reason, family.example)
+        reason, example = view.plain(family.reason), view.plain(family.example)
+        table.add_row(family.op, f"{family.nodes:,}", reason, example)
     return table

@@ -23,5 +23,5 @@ def search(console: Console, engine: CGOEngine, models: Sequence[Model]) -> None
     for report in engine.reports:
         console.print(view.merge_table(report))
         for line in view.merge_lines(report):
-            console.print(line, highlight=False, soft_wrap=True)
-    console.print(f"experiment: {engine.experiment_dir}", highlight=False, soft_wrap=True)
+            console.print(view.plain(line), soft_wrap=True)
+    console.print(view.plain(f"experiment: {engine.experiment_dir}"), soft_wrap=True)

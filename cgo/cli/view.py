@@ -10,11 +10,13 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 from typing_extensions import Self
 
 from cgo.interface import AbstractGraphListener, MetricData
 from cgo.model import Model, ModelStatus
 from cgo.planner import MergeReport
+from cgo.text import printable
 
 _STYLES = {
     ModelStatus.SUBMITTED: "dim",
@@ -28,6 +30,11 @@ _STYLES = {
 def format_metric(value: float | None) -> str:
     """Four decimals, or a dash for no value."""
     return "-" if value is None else f"{value:.4f}"
+
+
+def plain(value: object) -> Text:
+    """A text of unknown origin for a console or a table: no markup, no escape sequences."""
+    return Text(printable(str(value)))
 
 
 class TrialView(AbstractGraphListener):
@@ -79,7 +86,7 @@ class TrialView(AbstractGraphListener):
         self._progress.advance(self._task, model.training.epochs - len(model.history))
         if not self._console.is_terminal:
             what = format_metric(model.metric) if success else f"failed: {model.error}"
-            self._console.print(f"{model.model_id}: {what}", highlight=False, soft_wrap=True)
+            self._console.print(plain(f"{model.model_id}: {what}"), soft_wrap=True)
 
     def _render(self) -> Group:
         return Group(self._progress, models_table(self._models, self._console.height - 8))
@@ -95,9 +102,8 @@ def models_table(models: Sequence[Model], rows: int) -> Table:
         last = model.intermediate_metrics[-1] if model.intermediate_metrics else None
         epoch = f"{len(model.history)}/{model.training.epochs}"
         style = _STYLES[model.status]
-        table.add_row(
-            model.model_id, f"[{style}]{model.status.value}[/]", epoch, format_metric(last)
-        )
+        status = f"[{style}]{model.status.value}[/]"
+        table.add_row(plain(model.model_id), status, epoch, format_metric(last))
     return table
 
 
@@ -119,9 +125,8 @@ def leaderboard(models: Sequence[Model], rows: int = 10) -> Table:
     for place, model in enumerate(leaderboard_order(models)[:rows], start=1):
         loss = model.history[-1]["val_loss"] if model.history else None
         arguments = ", ".join(f"{key}={value}" for key, value in model.kwargs.items())
-        table.add_row(
-            str(place), model.model_id, format_metric(model.metric), format_metric(loss), arguments
-        )
+        numbers = format_metric(model.metric), format_metric(loss)
+        table.add_row(str(place), plain(model.model_id), *numbers, plain(arguments))
     return table
 
 
@@ -132,7 +137,7 @@ def failures(models: Sequence[Model]) -> Table | None:
         return None
     table = Table("model", "status", "error", title="Not trained")
     for model in failed:
-        table.add_row(model.model_id, model.status.value, model.error)
+        table.add_row(plain(model.model_id), model.status.value, plain(model.error))
     return table
 
 

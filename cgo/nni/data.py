@@ -11,6 +11,7 @@ from torch.utils.data import TensorDataset
 
 from cgo import weights
 from cgo.errors import DataError
+from cgo.nni.texts import check_text
 
 if "nni" not in sys.modules:
     os.environ.setdefault("NNI_FRAMEWORK", "none")
@@ -23,6 +24,8 @@ def traced(train: str, validation: str) -> tuple[Any, Any]:
         train: A traced data set, as `nni.dump` writes it.
         validation: The same for validation.
     """
+    for text in (train, validation):
+        check_text(text, "source")
     import nni
     from nni.common.serializer import SerializableObject
 

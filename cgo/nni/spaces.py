@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from cgo.nni.texts import check_text
+
 if "nni" not in sys.modules:
     # In a trial nobody has asked for Lightning yet, which takes seconds to import.
     os.environ.setdefault("NNI_FRAMEWORK", "none")
@@ -22,6 +24,7 @@ def build(space: str) -> nn.Module:
     Returns:
         A new module with fresh weights.
     """
+    check_text(space, "module")
     import nni
     from nni.nas.space import ModelStatus
 

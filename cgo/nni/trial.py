@@ -23,11 +23,13 @@ from typing import Any
 
 import psutil
 
-from cgo.errors import TrialError
-from cgo.events import Event
+from cgo.allowed import allowed_modules
+from cgo.errors import CgoError, TrialError
+from cgo.events import Event, checked
 from cgo.graph import ModelId
 from cgo.graph_data import GraphData, file_sha256
 from cgo.model import TrainingSpec
+from cgo.paths import is_plain
 from cgo.platforms.local import IMPORT_ROOTS
 from cgo.reading import read_document
 from cgo.user_code import contained, told
@@ -108,6 +110,17 @@ def read_order(parameter: Any) -> Order:
             f"the parameter has form {parameter[KEY]!r}, this trial reads {VERSION}; use one "
             "version of cgo-engine on both sides"
         )
+    try:
+        return _read(parameter)
+    except CgoError:
+        raise
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise TrialError(
+            f"the parameter has another form than ours: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _read(parameter: Mapping[str, Any]) -> Order:
     folder = Path(parameter["folder"])
     if not folder.is_dir():
         raise TrialError(
@@ -131,7 +144,7 @@ def _document(parameter: Mapping[str, Any], folder: Path) -> str | bytes:
     if parameter["document"] is not None:
         return str(parameter["document"])
     path = folder / "graph.json"
-    if not path.is_file() or file_sha256(path) != parameter["sha256"]:
+    if not is_plain(path) or file_sha256(path) != parameter["sha256"]:
         raise TrialError(
             f"{path} is not the document that was submitted: the folder that worker "
             f"{socket.gethostname()} sees is another, or its copy is old"
@@ -233,12 +246,24 @@ def _parts(events: Sequence[Event]) -> list[list[Event]]:
 
 
 def events_of(payload: Mapping[str, Any]) -> list[Event]:
-    """The events of a metric."""
-    return [
-        Event(model, kind, epoch, value)
-        for model, rows in payload.get("events", {}).items()
-        for kind, epoch, value in rows
-    ]
+    """The events of a metric.
+
+    Raises:
+        TrialError: one of them is none.
+    """
+    try:
+        rows = [(model, *row) for model, rows in payload.get("events", {}).items() for row in rows]
+        return [checked(Event(*row)) for row in rows]
+    except (AttributeError, TypeError) as error:
+        raise TrialError(f"not the events of a metric: {payload.get('events')!a:.200}") from error
+
+
+def is_metric(payload: Any) -> bool:
+    """Whether a metric has the form of ours, whatever events it holds."""
+    if not isinstance(payload, dict):
+        return False
+    kinds = {"trial": str, "job": str, "host": str, "pid": int, "sequence": int}
+    return all(type(payload.get(key)) is kind for key, kind in kinds.items())
 
 
 def watch(order: Order) -> None:
@@ -277,11 +302,10 @@ def run() -> int:
 
     parameter = nni.get_next_parameter()
     if isinstance(parameter, dict) and parameter.get(KEY) == VERSION:
-        if Path(parameter["folder"]).is_dir():
-            _write_log(Path(parameter["folder"]))
-        # Before the document is read, which looks for what it names.
-        sys.path[:0] = [root for root in parameter["roots"] if root not in sys.path]
-        os.environ[IMPORT_ROOTS] = os.pathsep.join(parameter["roots"])
+        folder = parameter.get("folder")
+        if isinstance(folder, str) and Path(folder).is_dir():
+            _write_log(Path(folder))
+    enter_roots(parameter)  # before the document is read, which looks for what it names
     order = read_order(parameter)
     watch(order)
     report = Reporter(
@@ -291,6 +315,21 @@ def run() -> int:
     trial.begin(order.refused, report)
     report.finish(trial.execute(order.document, folder=order.folder, report=report))
     return 0
+
+
+def enter_roots(parameter: Any) -> None:
+    """Find user modules where the parameter says.
+
+    Where modules are limited, only the trial's command says it: a folder could hold another module
+    of an allowed name.
+    """
+    given = os.environ.get(IMPORT_ROOTS, "").split(os.pathsep)
+    if allowed_modules() is None and isinstance(parameter, dict):
+        named = parameter.get("roots")
+        given = named if isinstance(named, list) else given
+    roots = [root for root in given if root and isinstance(root, str)]
+    sys.path[:0] = [root for root in roots if root not in sys.path]
+    os.environ[IMPORT_ROOTS] = os.pathsep.join(roots)
 
 
 def _write_log(folder: Path) -> None:

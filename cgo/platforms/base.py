@@ -18,12 +18,15 @@ class TrialRequest:
     """One trial to run.
 
     `folder` holds `graph.json`; the trial writes `weights/`, `checkpoint.pt` and `log.txt` there.
-    Submitting a folder that holds a checkpoint goes on from it.
+    Submitting a folder that holds a checkpoint goes on from it. `allowed_modules` limits what the
+    trial imports for its document (`cgo.allowed`); it reaches the trial by its environment. None
+    adds no limit.
     """
 
     trial_id: TrialId
     folder: Path
     import_roots: tuple[str, ...] = ()
+    allowed_modules: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

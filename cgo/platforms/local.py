@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import platform
@@ -17,11 +18,14 @@ from pathlib import Path
 
 import psutil
 
+from cgo.allowed import ALLOWED_MODULES, as_text
 from cgo.errors import TrialError
-from cgo.events import Event, decode, is_finish
+from cgo.events import Event, events_in, is_finish
 from cgo.interface import WorkerInfo
 from cgo.machine import Device, devices
+from cgo.paths import open_plain
 from cgo.platforms.base import TrialExit, TrialId, TrialRequest
+from cgo.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +49,9 @@ GRACE_S = 5.0
 
 #: Lines of a trial's log in its error, and characters of a line.
 LAST_LINES, _WIDEST = 30, 300
+
+#: Of a log, what is looked at for its last lines.
+_TAIL_BYTES = 2**16
 
 #: Without -P (new in Python 3.11), Python puts the current directory on the module path.
 _UNSAFE_PATH = (
@@ -120,6 +127,12 @@ class LocalPlatform:
         running.reader = reader
         reader.start()
 
+    def _extra(self, request: TrialRequest) -> dict[str, str]:
+        """What a trial's environment has beyond this process's."""
+        given = request.allowed_modules
+        limit = {} if given is None else {ALLOWED_MODULES: as_text(given)}
+        return self._threads() | self._env | limit
+
     def _threads(self) -> dict[str, str]:
         """Trials side by side share the cores; what the user has set stays."""
         if len(self._workers) == 1 or "OMP_NUM_THREADS" in os.environ:
@@ -143,7 +156,7 @@ class LocalPlatform:
                     stdin=subprocess.DEVNULL,
                     stdout=log_file,
                     stderr=subprocess.STDOUT,
-                    env=trial_environment(request.import_roots, self._threads() | self._env),
+                    env=trial_environment(request.import_roots, self._extra(request)),
                     pass_fds=(events_write, parent_read),
                     start_new_session=True,
                 )
@@ -163,12 +176,8 @@ class LocalPlatform:
         undertaker.start()
         finished = False
         with os.fdopen(events, "r", encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                try:
-                    event = decode(line)
-                except TrialError as error:
-                    log.warning("trial %s: %s", trial_id, error)
-                    continue
+            refused = functools.partial(log.warning, "trial %s: %s", trial_id)
+            for event in events_in(lines, refused):
                 self._on_event(trial_id, event)
                 finished |= is_finish(event)
         undertaker.join()
@@ -305,19 +314,22 @@ def how_ended(code: int) -> str:
 
 
 def last_lines(path: Path, count: int, start: int = 0) -> str:
-    """The end of a log, in lines of bounded length; nothing where there is none.
+    """The end of a log, in lines of bounded length, fit for a terminal; nothing where it is none.
 
     Args:
         path: The log.
         count: The most lines.
         start: The byte from which it counts.
     """
-    if not path.exists():
+    try:
+        with open_plain(path) as stream:  # of a log of any size
+            stream.seek(max(start, stream.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            text = stream.read(_TAIL_BYTES).decode(errors="replace")
+    except OSError:
         return ""
-    with path.open("rb") as stream:  # of a log of any size
-        stream.seek(max(start, path.stat().st_size - 2**16))
-        lines = stream.read().decode(errors="replace").splitlines()[-count:]
-    return "\n".join(f"{line[:_WIDEST]} ..." if len(line) > _WIDEST else line for line in lines)
+    lines = text.splitlines()[-count:]
+    cut = [f"{line[:_WIDEST]} ..." if len(line) > _WIDEST else line for line in lines]
+    return printable("\n".join(cut))
 
 
 def follow_parent(fd: int) -> None:

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,23 @@ from nni.experiment.config.training_service import TrainingServiceConfig
 from nni.runtime.tuner_command_channel import TunerCommandChannel
 from nni.runtime.tuner_command_channel.command_type import CommandType
 
+from cgo.allowed import ALLOWED_MODULES, as_text
 from cgo.errors import TrialError
 from cgo.events import Event
 from cgo.interface import WorkerInfo
-from cgo.nni.trial import CANCELLED, events_of, order_of
+from cgo.nni.trial import CANCELLED, events_of, is_metric, order_of
 from cgo.platforms import guard
 from cgo.platforms.base import TrialExit, TrialId, TrialRequest
-from cgo.platforms.local import GRACE_S, LAST_LINES, MALLOC, THREADS, how_ended, last_lines
+from cgo.platforms.local import (
+    GRACE_S,
+    IMPORT_ROOTS,
+    LAST_LINES,
+    MALLOC,
+    THREADS,
+    how_ended,
+    last_lines,
+)
+from cgo.platforms.nni_fence import fenced
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +80,9 @@ class NniPlatform:
         port: Of NNI's manager and web page; a free one by default.
         working_directory: Where NNI keeps its own logs; its default if not given.
         python: What starts Python on a worker; this interpreter's path by default.
+        private: Whether NNI's manager and its web page are for this machine alone. NNI asks nobody
+            for a password: without, whoever reaches the port can read, stop and start trials, that
+            is, run code.
     """
 
     def __init__(
@@ -80,13 +93,16 @@ class NniPlatform:
         port: int | None = None,
         working_directory: str | Path | None = None,
         python: str | None = None,
+        private: bool = True,
     ) -> None:
         if concurrency < 1:
             raise ValueError(f"concurrency: expected at least 1, got {concurrency}")
         self._service, self._workers, self._port = training_service, range(concurrency), port
         self._working_directory = working_directory
+        self._private = private
         self._python = python or shlex.quote(sys.executable)
         self._manager: _Manager | None = None
+        self._limit: Mapping[str, str] = {}  # on what its trials import, in their environment
         self._running: dict[TrialId, _Running] = {}
         self._jobs: dict[str, TrialId] = {}
         self._lost: list[str] = []  # jobs that ended before they said whose they are
@@ -110,26 +126,35 @@ class NniPlatform:
         with self._lock:
             if len(self._running) >= len(self._workers) or self._closed:
                 raise TrialError(f"trial {request.trial_id}: no idle worker")
-            manager = self._alive_manager()
+            manager = self._alive_manager(request)
             (request.folder / CANCELLED).unlink(missing_ok=True)
             pids = (os.getpid(), manager.pid)
             order = order_of(request.trial_id, request.folder, request.import_roots, pids)
             self._running[request.trial_id] = _Running(request)
         manager.send(order)
 
-    def _alive_manager(self) -> _Manager:
+    def _alive_manager(self, request: TrialRequest) -> _Manager:
+        limit = _limit(request)
         if self._manager is None or not self._manager.alive:
-            self._manager = _Manager(
-                self._config(), self._port, self._heard, self._ended, self._died
+            told = self._heard, self._ended, self._died
+            config = self._config(limit)
+            self._manager = _Manager(config, self._port, *told, private=self._private)
+            self._limit = limit
+        elif limit != self._limit:
+            raise TrialError(
+                f"allowed_modules and import paths {limit} are not those under which NNI's manager "
+                f"was started, {self._limit}: they stand in its trials' command; give each setting "
+                "a platform of its own, and the engine all import_paths"
             )
         return self._manager
 
-    def _config(self) -> ExperimentConfig:
+    def _config(self, limit: Mapping[str, str]) -> ExperimentConfig:
         service = self._service
         config = ExperimentConfig(service if isinstance(service, str) else None)
         if not isinstance(service, str):
             config.training_service = service
-        settings = " ".join(f"{key}={value}" for key, value in {**MALLOC, **THREADS}.items())
+        given = {**MALLOC, **THREADS, **limit}
+        settings = " ".join(f"{key}={shlex.quote(value)}" for key, value in given.items())
         safe = "-P " if sys.version_info >= (3, 11) else ""
         command = f"env {settings} {self._python} {safe}-m cgo.trial"
         config.trial_command = f"{command}; code=$?; echo {_EXIT_CODE} $code; exit $code"
@@ -148,7 +173,7 @@ class NniPlatform:
 
     def _heard(self, payload: Any) -> None:
         """A metric."""
-        if not isinstance(payload, dict) or payload.get("trial") not in self._running:
+        if not is_metric(payload) or payload["trial"] not in self._running:
             return
         trial_id = payload["trial"]
         with self._lock:
@@ -260,8 +285,7 @@ class NniPlatform:
         if running.job is not None and self._manager is not None and self._manager.alive:
             self._manager.kill(running.job)
         if running.process is not None and running.process[0] == socket.gethostname():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                psutil.Process(running.process[1]).kill()
+            _kill_trial(running.process[1])
 
     def idle_workers(self) -> Sequence[WorkerInfo]:
         """Places for trials; what they hold is known to NNI alone."""
@@ -308,6 +332,8 @@ class _Manager:
         heard: Callable[[Any], None],
         ended: Callable[[str, str], None],
         died: Callable[[_Manager], None],
+        *,
+        private: bool,
     ) -> None:
         self.port = port or _free_port()
         self._heard, self._told_death = heard, died
@@ -321,7 +347,8 @@ class _Manager:
         url = f"ws://localhost:{self.port}/tuner"
         try:
             self._experiment._start_logging(False)
-            self._experiment._start_nni_manager(self.port, False, RunMode.Detach, url, ["cgo"])
+            with fenced(self.port, private=private, local=_is_local(config)):
+                self._experiment._start_nni_manager(self.port, False, RunMode.Detach, url, ["cgo"])
         except Exception as error:
             raise TrialError(f"NNI's manager cannot be started: {error}") from error
         assert self._experiment._proc is not None
@@ -416,6 +443,28 @@ class _Manager:
         with contextlib.suppress(Exception):
             self._experiment._stop_logging()
         self._code.cleanup()
+
+
+def _limit(request: TrialRequest) -> dict[str, str]:
+    """What limits a trial's imports; where user modules lie is part of it, and of no parameter."""
+    if request.allowed_modules is None:
+        return {}
+    roots = os.pathsep.join(request.import_roots)
+    return {ALLOWED_MODULES: as_text(request.allowed_modules), IMPORT_ROOTS: roots}
+
+
+def _is_local(config: ExperimentConfig) -> bool:
+    """Whether all trials run on this machine."""
+    service = config.training_service
+    return not isinstance(service, list) and service.platform == "local"
+
+
+def _kill_trial(pid: int) -> None:
+    """Kill a process, if it is a trial: its number came with a metric, which others can send."""
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        if any("cgo.trial" in part for part in process.cmdline()):
+            process.kill()
 
 
 def _free_port() -> int:

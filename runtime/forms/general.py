@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from cgo.dtypes import torch_dtype
 from cgo.graph import TensorType
 from cgo.operators import aten
 from cgo.private.fake_tensors import FakeTensorMode
@@ -106,7 +107,7 @@ def _filled(emitter: Emitter, value: Any, tensors: Iterator[Tensor]) -> Any:
 
 def _example(type_: TensorType, shared: bool, size: int, device: torch.device) -> Tensor:
     shape = type_.shape if shared else (size, *type_.shape)
-    return torch.empty(shape, dtype=getattr(torch, type_.dtype), device=device)
+    return torch.empty(shape, dtype=torch_dtype(type_.dtype), device=device)
 
 
 #: Members that a batching rule is compared on.

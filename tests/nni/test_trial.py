@@ -13,10 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cgo
-from cgo.errors import GraphDataError, TrialError
+from cgo.errors import CgoError, GraphDataError, TrialError
 from cgo.events import Event
 from cgo.nni import trial
-from cgo.nni.trial import Order, Reporter, events_of, order_of, read_order
+from cgo.nni.trial import (
+    Order,
+    Reporter,
+    enter_roots,
+    events_of,
+    is_metric,
+    order_of,
+    read_order,
+)
 from cgo.planner import Planner
 
 
@@ -194,3 +202,58 @@ def test_processes_of_another_machine_are_not_looked_for(tmp_path, launcher):
 
 def test_an_order_is_a_value():
     assert Order("t", None, None) == Order("t", None, None)
+
+
+# --- parameters of others -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"folder": None}, {"folder": 1}, {"pids": 1}, {"pids": [1]}, {"pids": [["x", "y"]]},
+     {"document": 1}, {"document": []}, {"folder": "a\0b"}, {"cgo": 2}, {"trial": None}],
+)  # fmt: skip
+def test_a_parameter_of_another_form_is_refused(changes, tmp_path):
+    order = {"cgo": 1, "trial": "t", "folder": str(tmp_path), "roots": [], "document": "{}",
+             "sha256": "", "host": "h", "pids": []}  # fmt: skip
+    with pytest.raises(CgoError):
+        read_order(order | changes)
+    for field in set(order) - {"roots", "sha256"}:
+        with pytest.raises(CgoError):
+            read_order({k: v for k, v in order.items() if k != field})
+
+
+def test_under_a_limit_a_parameter_does_not_say_where_modules_lie(tmp_path, monkeypatch):
+    """Its folder could hold another module of an allowed name."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("CGO_IMPORT_ROOTS", "/from/the/command")
+    monkeypatch.setenv("CGO_ALLOWED_MODULES", "my_package")
+    enter_roots({"roots": [str(tmp_path)]})
+    assert sys.path[0] == "/from/the/command"
+    assert str(tmp_path) not in sys.path
+    monkeypatch.delenv("CGO_ALLOWED_MODULES")
+    enter_roots({"roots": [str(tmp_path), 1, ""]})
+    assert sys.path[0] == str(tmp_path)
+
+
+METRIC = {"trial": "t", "job": "j", "host": "h", "pid": 1, "sequence": 0, "events": {}}
+
+
+@pytest.mark.parametrize(
+    "events",
+    [1, [], {"a": 1}, {"a": [1]}, {"a": [["started"]]}, {"a/b": [["started", None, None]]},
+     {"a": [["epoch", "x", {}]]}, {"a": [["ended", None, {"success": 1}]]}],
+)  # fmt: skip
+def test_metrics_of_others_hold_no_events(events):
+    assert is_metric(METRIC)
+    assert events_of(METRIC) == []
+    with pytest.raises(TrialError, match=r"^not (an event|the events)"):
+        events_of(METRIC | {"events": events})
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [None, 1, "x", [], {}, *({k: v for k, v in METRIC.items() if k != f} for f in METRIC
+                             if f != "events"), METRIC | {"pid": "1"}, METRIC | {"trial": []}],
+)  # fmt: skip
+def test_what_is_no_metric_of_ours(payload):
+    assert not is_metric(payload)

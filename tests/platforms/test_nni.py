@@ -234,3 +234,87 @@ def test_kill_9_leaves_nothing_behind_and_the_search_goes_on(victim, tmp_path, r
     assert not is_open(port)
     first, *rest = trained_in(tmp_path)
     assert not any(set(first) & set(later) for later in rest)
+
+
+# --- neighbours on the network ------------------------------------------------------------------
+
+
+def status(port, **headers):
+    """What the manager's REST server says; None where it hangs up."""
+    import requests
+
+    try:
+        url = f"http://127.0.0.1:{port}/api/v1/nni/check-status"
+        return requests.get(url, headers=headers, timeout=20).status_code
+    except requests.ConnectionError:
+        return None
+
+
+def tuner_answers(port):
+    """Whether a further connection to the tuner's channel is taken."""
+    import asyncio
+
+    import websockets
+
+    async def connect():
+        async with websockets.connect(f"ws://127.0.0.1:{port}/tuner"):
+            return True
+
+    try:
+        return asyncio.run(connect())
+    except (OSError, EOFError, websockets.exceptions.WebSocketException):
+        return False
+
+
+def addresses(pid, port):
+    """Where a process listens on a port."""
+    connections = psutil.Process(pid).net_connections(kind="tcp")
+    return {c.laddr.ip for c in connections if c.laddr.port == port and c.status == "LISTEN"}
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_neighbours_find_no_manager_and_no_second_tuner(private, tmp_path, monkeypatch):
+    monkeypatch.delenv("NODE_OPTIONS", raising=False)
+    platform = NniPlatform(working_directory=tmp_path / "nni", private=private)
+    with cgo.CGOEngine(tmp_path / "e", platform=platform) as engine:
+        first = candidate("first")
+        engine.submit_models(first)
+        engine.wait_models(timeout_s=200)
+        manager = platform._manager
+        port = manager.port
+        assert (addresses(manager.pid, port) == {"127.0.0.1"}) is private
+        assert status(port) == 200
+        assert (status(port, Origin="http://evil.example") is None) is private
+        assert (status(port, Host="evil.example") is None) is private
+        assert status(port, Origin=f"http://localhost:{port}") == 200
+        assert not tuner_answers(port)
+        second = candidate("second", epochs=2)  # the first tuner is heard all the same
+        engine.submit_models(second)
+        engine.wait_models(timeout_s=200)
+    assert [m.status.value for m in (first, second)] == ["trained", "trained"], second.error
+    assert "NODE_OPTIONS" not in os.environ
+
+
+def test_the_setting_of_allowed_modules_is_the_managers(tmp_path):
+    platform = NniPlatform(working_directory=tmp_path / "nni")
+    with cgo.CGOEngine(tmp_path / "e", platform=platform, allowed_modules=("support",)) as engine:
+        good = candidate("good")
+        engine.submit_models(good)
+        engine.wait_models(timeout_s=200)
+        assert good.status.value == "trained", good.error
+        assert "CGO_ALLOWED_MODULES=support" in platform._manager._experiment.config.trial_command
+
+
+def test_a_process_that_is_no_trial_is_not_killed(tmp_path):
+    from cgo.platforms.nni import _kill_trial
+
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with subprocess.Popen(command) as bystander, subprocess.Popen([*command, "cgo.trial"]) as trial:
+        try:
+            _kill_trial(bystander.pid)
+            _kill_trial(trial.pid)
+            _kill_trial(2**22 + 1)  # nobody's
+            assert trial.wait(timeout=20) == -signal.SIGKILL
+            assert bystander.poll() is None
+        finally:
+            bystander.kill()

@@ -1,6 +1,7 @@
 """Choices that are found again: the same search computes the same bits."""
 
 import random
+import sqlite3
 from dataclasses import replace
 
 import pytest
@@ -122,3 +123,35 @@ def test_choices_outlive_the_process_and_hold_for_one_device(tmp_path):
     again.key = "another device"
     again._remembered.clear()
     assert again.recall("key") is None
+
+
+def test_of_two_processes_that_choose_at_once_the_first_has_chosen_for_both(tmp_path):
+    path = tmp_path / "costs.sqlite"
+    graph = ruled(tmp_path / "one", "abcd")
+    first, second = (Memory(CostTable(path, CPU), graph, 7) for _ in range(2))
+    assert first.find() is second.find() is None
+    mine, theirs = {"g0": Option("vmap", "stacked", 4, 1.0)}, {"g0": Option("x", "lanes", 1, 2.0)}
+    assert first.add(mine, True) == (mine, True)
+    assert second.add(theirs, False) == (mine, True)
+    anew = Memory(CostTable(path, CPU), graph, 7, anew=True)
+    assert anew.add(theirs, False) == (theirs, False)
+    assert Memory(CostTable(path, CPU), graph, 7).find() == (theirs, False)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[", "[]", '{"options": {}}', '{"options": {"g0": ["vmap"]}, "last": null}',
+     '{"options": {}, "last": 1}'],
+)  # fmt: skip
+def test_what_is_no_choice_is_made_again(text, tmp_path, caplog):
+    path = tmp_path / "costs.sqlite"
+    graph = ruled(tmp_path / "one", "abcd")
+    options = {"g0": Option("vmap", "stacked", 4, 1.0)}
+    Memory(CostTable(path, CPU), graph, 7).add(options, True)
+    with sqlite3.connect(path) as file:
+        file.execute("UPDATE choices SET value = ?", (text,))
+    found = Memory(CostTable(path, CPU), graph, 7)
+    assert found.find() is None
+    assert "choice" in caplog.text
+    assert found.add(options, None) == (options, None)
+    assert Memory(CostTable(path, CPU), graph, 7).find() == (options, None)
