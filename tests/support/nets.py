@@ -380,3 +380,15 @@ def frozen_norm():
     """A batch norm over a frozen layer, its own weights frozen, too: nothing there learns."""
     stem = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16)).requires_grad_(False)
     return nn.Sequential(stem, nn.ReLU(), nn.Linear(16, 10))
+
+
+def outputs(count, width=16):
+    """Digits to so many numbers."""
+    layers = [nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, count)]
+    return nn.Sequential(*layers)
+
+
+def language(words=11, width=8):
+    """Tokens (N, T) to (N, T, V)."""
+    return nn.Sequential(nn.Embedding(words, width), nn.Linear(width, width), nn.ReLU(),
+                         nn.Linear(width, words))  # fmt: skip
