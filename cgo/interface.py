@@ -34,21 +34,20 @@ class WorkerInfo:
 
 
 class AbstractGraphListener(ABC):
-    """Hears of models. All calls come from one thread, in order for each model.
+    """Hears of models; only `on_metric` has to be defined, the others do nothing.
 
-    An exception in a listener is logged with its traceback; other listeners are still called.
+    All calls come from one thread, in order for each model. An exception in a listener is logged
+    with its traceback; other listeners are still called.
     """
 
     @abstractmethod
     def on_metric(self, model: Model, metric: MetricData) -> None:
         """A model's final metric; comes before `on_training_end`."""
 
-    @abstractmethod
-    def on_intermediate_metric(self, model: Model, metric: MetricData) -> None:
+    def on_intermediate_metric(self, model: Model, metric: MetricData) -> None:  # noqa: B027
         """A model's metric after an epoch."""
 
-    @abstractmethod
-    def on_training_end(self, model: Model, success: bool) -> None:
+    def on_training_end(self, model: Model, success: bool) -> None:  # noqa: B027
         """Nothing more will be heard of this model."""
 
 

@@ -176,9 +176,9 @@ class TrainingSpec:
     Args:
         loss: A `torch.nn.functional` name ("cross_entropy") or import path of
             `loss(output, target) -> scalar`.
-        metrics: torchmetrics names ("accuracy", "f1_score", "mean_squared_error") or import paths
-            of callables returning a `torchmetrics.Metric`. The first is the model's metric;
-            with none it is `val_loss`.
+        metrics: Names ("accuracy", "f1_score", "mean_squared_error"; docs/metrics.md says what each
+            computes and for which losses) or import paths of callables returning a
+            `torchmetrics.Metric`. The first is the model's metric; with none it is `val_loss`.
         metric_mode: "max" or "min"; unset, the metric's own `higher_is_better` decides.
         optimizer: A `torch.optim` class name or import path.
         optimizer_kwargs: JSON keyword arguments.
@@ -227,11 +227,11 @@ class TrainingSpec:
 
     @field_validator("metrics")
     @classmethod
-    def _metrics(cls, metrics: tuple[str, ...]) -> tuple[str, ...]:
+    def _metrics(cls, metrics: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         from cgo.metrics import check_metric
 
-        for name in metrics:
-            check_metric(name)
+        for name in metrics if "loss" in info.data else ():  # else the loss itself is refused
+            check_metric(name, info.data["loss"])
         if len(set(metrics)) < len(metrics):
             raise ValueError("a metric is named twice")
         return metrics

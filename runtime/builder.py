@@ -23,6 +23,7 @@ from cgo.runtime.operators import batch_norm, batch_norm_copying, symbol_value
 from cgo.runtime.peepholes import simplify
 from cgo.runtime.recompute import recomputing
 from cgo.runtime.solo import kernel_for
+from cgo.runtime.unsafe import CONVOLUTIONS
 from cgo.tuning import STACKED
 
 #: The general rule's name, beside those of forms.
@@ -158,12 +159,13 @@ class Builder:
             assert isinstance(node.args[0], Ref)
             emitter.set(Ref(node.name), emitter.value(node.args[0]))
             return
-        kernel = kernel_for(make_group([node], emitter.types)) if emitter.images_last else None
+        alone = make_group([node], emitter.types) if emitter.images_last else None
+        kernel = None if alone is None else kernel_for(alone)
         args = tuple(self._argument(argument) for argument in node.args)
         kwargs = {key: self._argument(value) for key, value in node.kwargs}
         images = node.op in _CONVOLUTIONS
-        if images:
-            args = (emitter.images(args[0]), *args[1:])
+        if alone is not None and alone.operator in CONVOLUTIONS:
+            args = (emitter.convolved(args[0], alone, alone.arguments["groups"]), *args[1:])
         elif emitter.leaving and isinstance(node.args[0], Ref):
             type_ = emitter.types[node.args[0]]
             ndim = 0 if type_ is None else len(type_.shape)

@@ -16,6 +16,7 @@ from cgo.operators import aten, named_arguments
 from cgo.runtime.layouts import (
     IMAGES,
     channels_last,
+    contiguous,
     gather,
     keep_images,
     to_channels,
@@ -23,6 +24,7 @@ from cgo.runtime.layouts import (
     unstack,
 )
 from cgo.runtime.operators import symbol_value
+from cgo.runtime.unsafe import needs_contiguous
 from cgo.tuning import CHANNELS, STACKED
 
 #: The value of a reference, as its own tensor or as a lane.
@@ -257,6 +259,18 @@ class Emitter:
         if node not in self._images:
             self._images[node] = self.call(channels_last, node)
         return self._images[node]
+
+    def convolved(self, node: fx.Node, group: Group, groups: int) -> fx.Node:
+        """The input of a convolution with so many groups, in the memory format that it is to have.
+
+        The format is ours to choose where images have channels last; elsewhere it is the model's.
+        """
+        type_ = group.types[0]
+        dtype = "" if type_ is None else type_.dtype
+        on_cpu = self.images_last and self.device.type == "cpu"
+        if on_cpu and needs_contiguous(group.operator, group.arguments, groups, dtype):
+            return self.call(contiguous, self.call(keep_images, node))
+        return self.images(node) if group.arguments["input"].ndim == IMAGES else node
 
     def leaving_images(self, node: fx.Node, ndim: int) -> fx.Node:
         """An argument; if the node that reads it makes no images of images, see `keep_images`."""

@@ -26,6 +26,15 @@ def channels_last(value: Tensor) -> Tensor:
     return value.contiguous(memory_format=torch.channels_last)
 
 
+def contiguous(value: Tensor) -> Tensor:
+    """As torch has it by itself, last dimension last in memory.
+
+    Also where one channel or pixel makes several formats one: by its strides torch would take such
+    an image for one with channels last.
+    """
+    return value.contiguous().flatten().view(value.shape)
+
+
 def stack(lanes: list[Tensor]) -> Tensor:
     """M times (...) to (M, ...)."""
     if lanes[0].ndim != IMAGES:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
-from cgo.metrics import build_metric
 from cgo.model import TrainingSpec, metric_label
+from cgo.runtime.measures import Measure, build_metric
 
 #: Losses kept before they are folded into the sum; bounds memory, costs no synchronisation.
 _FOLD = 256
@@ -54,7 +53,7 @@ class EvaluationMeter:
     """Validation loss and metrics of one model over the whole validation set.
 
     Args:
-        training: Names the metrics.
+        training: Names the metrics, and the loss by which outputs are read.
         kept_bytes: Predictions are kept until they are so large, and counted together: on a GPU a
             metric's dozen small kernels for each model and batch would take longer than the models.
     """
@@ -63,7 +62,7 @@ class EvaluationMeter:
         self._training, self._most_bytes = training, kept_bytes
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._loss = LossMeter()
-        self._metrics: dict[str, Metric] = {}
+        self._metrics: dict[str, Measure] = {}
 
     def add(self, loss: Tensor, prediction: Tensor | None, target: Tensor, samples: int) -> None:
         """Count one batch."""
@@ -72,6 +71,10 @@ class EvaluationMeter:
             return
         if prediction is None:
             raise TypeError("metrics need an output that is, or begins with, a tensor")
+        if not isinstance(target, Tensor):
+            self._count()
+        elif self._kept and not _joinable(self._kept[-1], (prediction, target)):
+            self._count()  # images or sentences of another size
         self._kept.append((prediction, target))
         size = sum(p.numel() * p.element_size() for p, _ in self._kept)
         if size > self._most_bytes or not isinstance(target, Tensor):
@@ -87,8 +90,7 @@ class EvaluationMeter:
         self._kept = []
         for name in self._training.metrics:
             if name not in self._metrics:
-                metric = build_metric(name, prediction, target)
-                self._metrics[name] = metric.to(prediction.device)
+                self._metrics[name] = build_metric(name, self._training.loss, prediction.device)
             self._metrics[name].update(prediction, target)
 
     def values(self) -> dict[str, float]:
@@ -96,5 +98,10 @@ class EvaluationMeter:
         self._count()
         row = {"val_loss": self._loss.mean()}
         for name, metric in self._metrics.items():
-            row[f"val_{metric_label(name)}"] = float(metric.compute())
+            row[f"val_{metric_label(name)}"] = metric.compute()
         return row
+
+
+def _joinable(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> bool:
+    """Whether two batches differ in their number of samples alone."""
+    return all(a.ndim and a.shape[1:] == b.shape[1:] for a, b in zip(before, after))

@@ -40,6 +40,7 @@ def train_alone(
     grad_clip_norm=None,
     loss=F.cross_entropy,
     metric="accuracy",
+    measure=None,
     precision="float32",
     loss_scale=2.0**16,
     loss_scale_growth_interval=2000,
@@ -48,7 +49,8 @@ def train_alone(
     """Train one model; `data` is (train, validation), each (inputs, targets) as whole tensors.
 
     `augment(inputs, epoch, number)` gives what the training batch of that number becomes; it leaves
-    the random streams as they are.
+    the random streams as they are. `measure(outputs, targets)` gives the metric's value over the
+    whole validation set, if it is neither accuracy nor the mean squared error.
     """
     (inputs, targets), (val_inputs, val_targets) = data
     double = precision == "float64"
@@ -111,13 +113,13 @@ def train_alone(
         seen = n - n % batch_size if drop_last else n
         row = {"train_loss": total / seen, "lr": lr}
         run.history.append(
-            row | _evaluate(net, step_loss, val_inputs, val_targets, batch_size, metric)
+            row | _evaluate(net, step_loss, val_inputs, val_targets, batch_size, metric, measure)
         )
     run.state = {name: value.clone() for name, value in net.state_dict().items()}
     return run
 
 
-def _evaluate(net, step_loss, inputs, targets, batch_size, metric):
+def _evaluate(net, step_loss, inputs, targets, batch_size, metric, measure):
     modes = [(part, part.training) for part in net.modules()]
     net.eval()
     total, outputs = 0.0, []
@@ -130,7 +132,9 @@ def _evaluate(net, step_loss, inputs, targets, batch_size, metric):
         part.training = training
     output = torch.cat(outputs)
     row = {"val_loss": total / len(targets)}
-    if metric == "accuracy":
+    if measure is not None:
+        row[f"val_{metric}"] = float(measure(output, targets))
+    elif metric == "accuracy":
         row["val_accuracy"] = float((output.argmax(1) == targets).float().mean())
     elif metric == "mean_squared_error":
         measure = torchmetrics.MeanSquaredError()

@@ -115,7 +115,10 @@ def test_models_that_cannot_be_trained_fail_with_their_error_and_the_rest_is_tra
             model("batch", data=cgo.DataSpec("support.small:points", batch_size=41)),
             r"batch_size 41 is larger than the training data \(40 samples\); use at most 40",
         ),
-        "loss": (model("loss", loss="mse_loss"), "through the module and its loss mse_loss raised"),
+        "loss": (
+            model("loss", loss="mse_loss", metrics=()),
+            "through the module and its loss mse_loss raised",
+        ),
         "muon": (model("muon", optimizer="Muon"), "optimizer Muon .* raised ValueError"),
     }
     good = [model("good"), model("better", kwargs={"hidden": 12})]

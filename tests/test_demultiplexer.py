@@ -67,8 +67,32 @@ class Bench:
         return self
 
 
+class Finals(AbstractGraphListener):
+    """All that a listener has to define."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_metric(self, model, metric):
+        self.seen.append((model.model_id, metric))
+
+
 def facts(each):
     return (each.status, each.metric, each.intermediate_metrics, each.history, each.error)
+
+
+def test_a_listener_need_define_on_metric_only():
+    listener, bench = Finals(), Bench(model("a"), model("b"))
+    bench.demultiplexer.register(listener)
+    bench.feed(stream("a", [0.25, 0.5])).feed(stream("b", [0.1], error="it raised"))
+    assert listener.seen == [("a", 0.5)]
+    assert bench.calls.seen["a"][-1] == ("end", True)  # the others are still called
+
+    class Nothing(AbstractGraphListener):
+        pass
+
+    with pytest.raises(TypeError, match="on_metric"):
+        Nothing()
 
 
 def test_a_plain_stream_sets_attributes_and_calls_in_order():

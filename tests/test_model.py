@@ -70,7 +70,11 @@ def test_names_resolve_to_torch_or_to_import_paths():
     [
         ({}, "val_loss", "min"),
         ({"metrics": ("accuracy",)}, "val_accuracy", "max"),
-        ({"metrics": ("mean_squared_error", "accuracy")}, "val_mean_squared_error", "min"),
+        (
+            {"loss": "mse_loss", "metrics": ("mean_absolute_error", "r2_score")},
+            "val_mean_absolute_error",
+            "min",
+        ),
         ({"metrics": ("accuracy",), "metric_mode": "min"}, "val_accuracy", "min"),
     ],
 )

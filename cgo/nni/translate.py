@@ -36,9 +36,10 @@ from torch.utils.data import (
 )
 
 from cgo import weights
-from cgo.errors import CgoError
+from cgo.errors import CgoError, SpecError
 from cgo.graph import ModelId
 from cgo.graph_data import file_sha256
+from cgo.metrics import check_metric
 from cgo.model import DataSpec, Model, TrainingSpec
 
 #: Losses that NNI's evaluators name by their class.
@@ -112,8 +113,12 @@ class Translator:
                 f"evaluator {name}: only {' and '.join(METRICS)} can be merged, others are opaque "
                 "functions"
             )
-        training = TrainingSpec(metrics=(METRICS[name],), **_training(given))
-        return self._data(given), training
+        fields, metric = _training(given), METRICS[name]
+        try:
+            check_metric(metric, fields["loss"])
+        except SpecError as error:  # a Classification by a criterion of numbers, or the other way
+            raise NotTranslated(f"evaluator: {error}") from error
+        return self._data(given), TrainingSpec(metrics=(metric,), **fields)
 
     def _data(self, given: Mapping[str, Any]) -> DataSpec:
         train = _instance(given.get("train_dataloaders") or given.get("train_dataloader"))

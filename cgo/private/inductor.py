@@ -13,6 +13,8 @@ __all__ = ["compiled"]
 NAMES = ("torch._inductor.compile",)
 
 
-def compiled(module: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-    """A graph as compiled code, for inputs of the same shapes."""
-    return torch._inductor.compile(module, list[Any](inputs))
+def compiled(
+    module: fx.GraphModule, inputs: list[Tensor], options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
+    """A graph as compiled code, for inputs of the same shapes; options are Inductor's own."""
+    return torch._inductor.compile(module, list[Any](inputs), options=options)

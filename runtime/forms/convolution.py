@@ -70,7 +70,8 @@ def folded(emitter: Emitter, group: Group) -> Sequence[Packed] | None:
         for name, value in given.items()
         if name != "input"
     }
-    x = emitter.images(fold(emitter, emitter.stacked(given["input"])))
+    x = fold(emitter, emitter.stacked(given["input"]))
+    x = emitter.convolved(x, group, given["groups"])
     result = emitter.call(aten(group.nodes[0].op), x, **values)  # type: ignore[arg-type]
     return [Packed(unfold(emitter, result, group.size), STACKED)]
 
@@ -92,7 +93,7 @@ def _call(emitter: Emitter, group: Group, x: fx.Node, *, groups: int) -> Packed:
     bias = emitter.optional(given.pop("bias"))
     rest = {name: emitter.literal(value) for name, value in given.items()} | {"groups": groups}
     overload = aten(group.nodes[0].op)
-    x = emitter.images(x)
+    x = emitter.convolved(x, group, groups)
     result = emitter.call(overload, x, weight, bias, **rest)  # type: ignore[arg-type]
     # Of one channel both formats are one, and the kernel takes the other.
     return Packed(emitter.images(result), CHANNELS)

@@ -49,9 +49,6 @@ class KillOnce(AbstractGraphListener):
     def on_metric(self, model, metric):
         pass
 
-    def on_training_end(self, model, success):
-        pass
-
 
 def test_a_killed_trial_goes_on_and_ends_as_if_nothing_had_happened(tmp_path):
     def models():

@@ -139,6 +139,7 @@ class OwnClassification(Classification):
         (lambda: changed(max_epochs=None), "max_epochs"),
         (lambda: changed(accumulate_grad_batches=4), "trainer arguments accumulate_grad_batches"),
         (lambda: changed(criterion=nn.GaussianNLLLoss), "criterion GaussianNLLLoss"),
+        (lambda: changed(criterion=nn.MSELoss), "'accuracy' is a metric of classes"),
         (lambda: changed(gradient_clip_algorithm="value"), "gradient_clip_algorithm"),
         (lambda: changed(precision=16), "precision 16"),
         (lambda: changed(datamodule=object()), "datamodule"),

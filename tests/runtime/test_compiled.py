@@ -64,7 +64,7 @@ def test_the_plan_must_repay_it_and_convolutions_never_do(tape):
 
 
 def test_what_inductor_cannot_compile_is_replayed(tape, monkeypatch, caplog):
-    def broken(*given):
+    def broken(*given, **options):
         raise OSError("no compiler")
 
     monkeypatch.setattr(torch._inductor, "compile", broken)

@@ -57,3 +57,41 @@ def paired_arrays(named=False, **kwargs):
 
 def paired(named=False, **kwargs):
     return tuple(Paired(x, y, named) for x, y in arrays(**kwargs))
+
+
+def marked_arrays(target="odd", **kwargs):
+    """Digits with targets of another kind.
+
+    "odd": (N, 1), 1.0 where the digit is odd. "parts": (N, 4), the bits of the digit. "ignored":
+    the digit, but -100 for a third and for the whole last 18, a batch of the validation set.
+    """
+
+    def targets(y):
+        if target == "odd":
+            return (y % 2).float().unsqueeze(1)
+        if target == "parts":
+            return torch.stack([(y >> bit) & 1 for bit in range(4)], 1).float()
+        left_out = (torch.arange(len(y)) % 3 == 1) | (torch.arange(len(y)) >= len(y) - 18)
+        return torch.where(left_out, -100, y)
+
+    return tuple((x, targets(y)) for x, y in arrays(**kwargs))
+
+
+def marked(**kwargs):
+    return tuple(TensorDataset(*split) for split in marked_arrays(**kwargs))
+
+
+def sentences_arrays(samples=64, validation=24, length=7, words=11):
+    """Tokens (N, T) and the next one of each, -100 behind some sentences' ends."""
+    generator = torch.Generator().manual_seed(3)
+
+    def split(count):
+        x = torch.randint(0, words, (count, length), generator=generator)
+        ends = torch.randint(1, length + 1, (count, 1), generator=generator)
+        return x, torch.where(torch.arange(length) < ends, (2 * x + 1) % words, -100)
+
+    return split(samples), split(validation)
+
+
+def sentences(**kwargs):
+    return tuple(TensorDataset(*split) for split in sentences_arrays(**kwargs))

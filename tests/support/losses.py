@@ -24,6 +24,15 @@ def wrong_share(output, target):
     return (output.argmax(1) != target).float().mean()
 
 
+def squares(output, target):
+    return F.mse_loss(output, target)
+
+
+def by_token(output, target):
+    """Of a language model: classes along the last axis, (N, T, V)."""
+    return F.cross_entropy(output.flatten(0, 1), target.flatten())
+
+
 class Decaying(torch.optim.lr_scheduler.LRScheduler):
     """Changes weight decay at each step, and no rate."""
 

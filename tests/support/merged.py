@@ -32,6 +32,7 @@ class Case:
     drop_last: bool = False
     loss: str = "cross_entropy"
     metric: str = "accuracy"
+    measure: object = None  # what it computes, for the oracle
     training: dict = field(default_factory=dict)
     data: dict = field(default_factory=dict)  # further fields of the DataSpec
     augment: object = None  # what they do to a batch, for the oracle
@@ -68,6 +69,7 @@ class Case:
             loss=getattr(losses, self.loss.partition(":")[2], None)
             or getattr(torch.nn.functional, self.loss),
             metric=self.metric,
+            measure=self.measure,
             augment=self.augment,
             **self.training,
         )

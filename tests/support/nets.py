@@ -380,3 +380,44 @@ def frozen_norm():
     """A batch norm over a frozen layer, its own weights frozen, too: nothing there learns."""
     stem = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16)).requires_grad_(False)
     return nn.Sequential(stem, nn.ReLU(), nn.Linear(16, 10))
+
+
+def outputs(count, width=16):
+    """Digits to so many numbers."""
+    layers = [nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, count)]
+    return nn.Sequential(*layers)
+
+
+def language(words=11, width=8):
+    """Tokens (N, T) to (N, T, V)."""
+    return nn.Sequential(nn.Embedding(words, width), nn.Linear(width, width), nn.ReLU(),
+                         nn.Linear(width, words))  # fmt: skip
+
+
+class Narrow(nn.Module):
+    """A residual network of few channels; shortcuts are 1x1 convolutions of stride 2."""
+
+    def __init__(self, width=4, out=8, frozen=False):
+        super().__init__()
+        self.frozen = frozen
+        with torch.random.fork_rng(enabled=frozen):  # frozen stems are shared between models
+            torch.manual_seed(1) if frozen else None
+            stem = nn.Conv2d(1, width, 3, padding=1, bias=False)
+            self.stem = nn.Sequential(stem, nn.BatchNorm2d(width))
+        if frozen:
+            self.stem.requires_grad_(False).eval()
+        self.main = nn.Sequential(
+            nn.Conv2d(width, out, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(out),
+            nn.ReLU(), nn.Conv2d(out, out, 3, padding=1, bias=False), nn.BatchNorm2d(out),
+        )  # fmt: skip
+        self.shortcut = nn.Conv2d(width, out, 1, stride=2)
+        self.head = nn.Linear(out, 10)
+
+    def forward(self, x):
+        x = F.interpolate(x, scale_factor=2.0)
+        x = F.relu(self.stem(x))
+        return self.head(F.relu(self.main(x) + self.shortcut(x)).mean((2, 3)))
+
+
+def narrow(**kwargs):
+    return Narrow(**kwargs)
