@@ -21,7 +21,7 @@ from cgo.capture.first_call import lazy, materialise, registered
 from cgo.capture.lightning import refuse_ignored_training
 from cgo.capture.python_state import Watched
 from cgo.capture.validate import program_graph, validate
-from cgo.errors import CaptureError, ModelError, SpecError
+from cgo.errors import CaptureError, ModelError, SpecError, UserExitError
 from cgo.graph import Graph, dump
 from cgo.graph_data import Factory, ModelEntry, StateEntry
 from cgo.model import DataSpec, Model, TrainingSpec, as_json, digest_of, loss_function
@@ -29,6 +29,7 @@ from cgo.runtime.data import Leaves, Loader, open_data, preserved_random_state
 from cgo.runtime.optimizers import Updater
 from cgo.runtime.state import RandomState, build_module
 from cgo.runtime.step import Step, autocast, eval_mode
+from cgo.user_code import contained, told
 from cgo.weights import tensor_hash
 
 log = logging.getLogger(__name__)
@@ -164,8 +165,9 @@ class Capturer:
             name = next(iter(known.programs))
             try:
                 program, leaves = known.programs[name], examples.batches[name]
-                validate(program, name, module, model.training, leaves, seeds=(1,))
-            except CaptureError:
+                with contained:
+                    validate(program, name, module, model.training, leaves, seeds=(1,))
+            except (CaptureError, UserExitError):
                 return self._export_all(model, module, examples)
         return known
 
@@ -175,7 +177,7 @@ class Capturer:
         programs: dict[str, Program] = {}
         exports: dict[str, ExportedProgram] = {}
         try:
-            with quiet():
+            with quiet(), contained:
                 for name, leaves in examples.batches.items():
                     programs[name] = _program(module, model.training, name, leaves, exports)
         except CaptureError as error:
@@ -211,10 +213,11 @@ def _program(
         exports[split] = in_evaluation_mode(exports["train"])
     if split in exports:
         try:
-            program = converted(exports[split])
-            seeds = _PROOF if guessed else _CHECK
-            validate(program, name, module, training, leaves, seeds=seeds, proven=guessed)
-            return program
+            with contained:
+                program = converted(exports[split])
+                seeds = _PROOF if guessed else _CHECK
+                validate(program, name, module, training, leaves, seeds=seeds, proven=guessed)
+                return program
         except Exception as error:
             log.debug("%s is exported by itself: %s", name, error)
     exports[split] = export(module, training, name, leaves)
@@ -236,9 +239,10 @@ def _begin(
             )
         return None
     try:
-        if lazy(module):
-            return materialise(module, model.training, leaves, random)
-        return registered(module, model.training, leaves, model.seed)
+        with contained:
+            if lazy(module):
+                return materialise(module, model.training, leaves, random)
+            return registered(module, model.training, leaves, model.seed)
     except Exception as error:
         raise ModelError(_raised(model, leaves, error)) from error
 
@@ -248,7 +252,7 @@ def _run_eagerly(model: Model, module: nn.Module, name: str, leaves: Leaves) -> 
     probe = copy.deepcopy(module)
     step = Step(probe, model.training, tuple(leaves))
     try:
-        with preserved_random_state(), autocast(model.training, "cpu"):
+        with contained, preserved_random_state(), autocast(model.training, "cpu"):
             torch.manual_seed(model.seed)
             if name.startswith("validation"):
                 with torch.no_grad(), eval_mode(step):
@@ -275,14 +279,15 @@ def _raised(model: Model, leaves: Leaves, error: Exception) -> str:
     shapes = ", ".join(f"{key} {list(leaf.shape)}" for key, leaf in leaves.items())
     return (
         f"model {model.model_id!r}: a batch ({shapes}) through the module and its loss "
-        f"{model.training.loss} raised {type(error).__name__}: {error}{at_line(source_of(error))}"
+        f"{model.training.loss} raised {told(error)}{at_line(source_of(error))}"
     )
 
 
 def _printed(module: nn.Module) -> str:
     """The module as text; of one that cannot be printed (NNI's frozen spaces), its classes."""
     try:
-        return str(module)
+        with contained:
+            return str(module)
     except Exception as error:
         log.debug("%s cannot be printed: %s", type(module).__name__, error)
         return repr([(path, type(part).__qualname__) for path, part in module.named_modules()])

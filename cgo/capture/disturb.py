@@ -59,7 +59,7 @@ def restored(module: nn.Module) -> Iterator[None]:
     before = {path: tensor.detach().clone() for path, tensor in tensors_of(module).items()}
     try:
         yield
-    except Exception:
+    except BaseException:
         copy_tensors(before, tensors_of(module))
         raise
 

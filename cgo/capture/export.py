@@ -26,6 +26,7 @@ from cgo.capture.stand_ins import stand_ins
 from cgo.model import TrainingSpec
 from cgo.runtime.data import Leaves, preserved_random_state
 from cgo.runtime.step import Step, eval_mode
+from cgo.user_code import told
 
 log = logging.getLogger(__name__)
 
@@ -120,8 +121,8 @@ _LIBRARY = os.path.join(os.path.realpath(sysconfig.get_path("stdlib")), "")
 
 def reason_of(error: Exception) -> str:
     """Why a module was not captured, in a line: the error, and where in the user's code."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"
+    lines = [line.strip() for line in told(error).splitlines() if line.strip()]
+    text = " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]
     for sign, what, usual in _READS_DATA:
         if sign in type(error).__name__:
             named = _OPERATOR.search(text)

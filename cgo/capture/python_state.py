@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cgo.user_code import contained
+
 #: Levels of containers and objects that are looked into, and items of each.
 _DEPTH = 4
 _ITEMS = 1000
@@ -245,7 +247,8 @@ def _print_inside(value: Any, depth: int, seen: frozenset[int]) -> object:
     if vars_ := _attributes(value):
         return name, each(vars_), each(vars_.values())
     try:
-        return name, _ADDRESS.sub("", repr(value))[:200]
+        with contained:
+            return name, _ADDRESS.sub("", repr(value))[:200]
     except Exception as error:
         return name, type(error).__name__
 

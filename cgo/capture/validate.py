@@ -26,6 +26,7 @@ from cgo.runtime.data import Leaves, preserved_random_state, seed_all
 from cgo.runtime.lower import Lowered, lower
 from cgo.runtime.operators import empty, filler
 from cgo.runtime.step import autocast, compute, eval_mode
+from cgo.user_code import contained, told
 
 #: Backwards start with it in float16, as in training: where gradients vanish, all look alike.
 _FLOAT16_SCALE = 2.0**10
@@ -150,11 +151,12 @@ class _Sides:
         if mirrored:
             copy_tensors(tensors_of(module), tensors_of(self._mirror))
         try:
-            found = _eager(module, self._name, self._training, leaves, seed)
+            with contained:
+                found = _eager(module, self._name, self._training, leaves, seed)
         except Exception as error:
             if not amount:
                 raise
-            raise _NoNumbers(f"{type(error).__name__}: {error}") from error
+            raise _NoNumbers(told(error)) from error
         loss = found["the loss"]
         if amount and (loss is None or not loss.isfinite().all()):
             raise _NoNumbers("the loss is no number")

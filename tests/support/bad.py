@@ -21,7 +21,7 @@ class Kind:
     kwargs: dict = field(default_factory=dict)
     source: str = "support.data:digits"
     training: dict = field(default_factory=dict)
-    crashes: bool = False  # ends its process
+    ends: bool = False  # its process, or by a signal of it
 
 
 # --- when it is built -----------------------------------------------------------------------------
@@ -175,7 +175,7 @@ KINDS = {
     # A model is called some twenty times when it is captured, on copies that count for themselves.
     "raises later": Kind("a bad step", **at(5, "raises")),
     "leaves later": Kind("a step that leaves", **at(5, "leaves")),
-    "interrupts later": Kind("KeyboardInterrupt", **at(5, "interrupts")),
+    "interrupts later": Kind("KeyboardInterrupt", ends=True, **at(5, "interrupts")),
     "recurses later": Kind("RecursionError", **at(5, "recurses")),
     "becomes no number": Kind("the training loss became nan", **at(4, "no_numbers")),
     "diverges": Kind("the training loss became", training={
@@ -187,10 +187,10 @@ KINDS = {
         "optimizer": "support.bad:LeavingOptimizer", "optimizer_kwargs": {"lr": 0.1}}),
     "source leaves": Kind("the source leaves", source="support.bad:leaving_source"),
     "sample leaves": Kind("the sample leaves", source="support.bad:leaving_samples"),
-    "ends well": Kind("exit code 0", crashes=True, **at(5, "ends_well")),
-    "ends badly": Kind("exit code 3", crashes=True, **at(5, "ends_badly")),
-    "aborts": Kind("SIGABRT", crashes=True, **at(5, "aborts")),
-    "reads nothing": Kind("SIGSEGV", crashes=True, **at(5, "reads_nothing")),
+    "ends well": Kind("exit code 0", ends=True, **at(5, "ends_well")),
+    "ends badly": Kind("exit code 3", ends=True, **at(5, "ends_badly")),
+    "aborts": Kind("SIGABRT", ends=True, **at(5, "aborts")),
+    "reads nothing": Kind("SIGSEGV", ends=True, **at(5, "reads_nothing")),
 }  # fmt: skip
 
 
