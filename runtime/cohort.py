@@ -75,6 +75,11 @@ class Cohort:
             for device, choose in self._tuners.items()
         ]
 
+    def close(self) -> None:
+        """Close what is open: the tables of costs."""
+        for tuner in self._tuners.values():
+            tuner.close()
+
     def running(self) -> list[Member]:
         """Models that still train."""
         return [member for member in self.members.values() if member.running]

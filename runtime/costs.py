@@ -139,6 +139,12 @@ class CostTable:
         self._rows[family, sizes, way, width] = elements, seconds
         self._sizes[family, way, width][elements] = seconds
 
+    def close(self) -> None:
+        """Close the file; what was read stays."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
     def put(self, signature: Signature, way: str, width: int, seconds: float) -> None:
         """Keep a measurement; infinity says that the way cannot be gone."""
         self._add(signature.family, signature.sizes, signature.elements, way, width, seconds)

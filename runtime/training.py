@@ -76,7 +76,11 @@ def train(
         report(_failed(id_, reason))
     with tf32(tuning.tf32):
         trial = _Trial(data, constants, folder, report, observer, given, tuning)
-        trial.run()
+        try:
+            trial.run()
+        finally:
+            for cohort in trial.cohorts:
+                cohort.close()
     return trial.metrics()
 
 

@@ -100,6 +100,10 @@ class Tuner:
         self.budget = Budget(0.0)
         self.assignment = Assignment({}, 0.0, 0.0)  # the last one
 
+    def close(self) -> None:
+        """Close the table of costs."""
+        self.table.close()
+
     def __call__(self, graph: Graph, models: Sequence[ModelId]) -> Choice:
         """Divide models into programs by rule, and decide each group of a training program."""
         rules = Rules() if self.tuning.forced else self.rules

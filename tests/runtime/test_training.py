@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from support.observers import Losses
@@ -22,10 +23,10 @@ def model(id_, module="support.small:mlp", kwargs=None, data=DATA, seed=0, **tra
 
 
 class Run:
-    def __init__(self, *models, folder: Path, merge=True, fuse=True):
+    def __init__(self, *models, folder: Path, merge=True, fuse=True, measure=False):
         self.folder = folder
         # Nothing is measured: two trials that are compared bit by bit have to choose alike.
-        settings = {"tuning": {"measure": False, "tape": True}}
+        settings = {"tuning": {"measure": measure, "tape": True}}
         planner = Planner(merge, BatchOperators() if fuse else None)
         self.plan = planner.plan(models, folder, settings)
         self.events = []
@@ -87,6 +88,26 @@ def test_events_of_a_model_come_in_order(tmp_path):
     row = next(e.value for e in run.events if e.kind == "epoch")
     assert set(row) == {"train_loss", "val_loss", "val_accuracy", "lr", "seconds"}
     assert set(run.metrics) == {"a", "b"}
+
+
+def test_the_table_of_costs_is_closed_when_a_trial_ends(tmp_path, monkeypatch):
+    monkeypatch.setenv("CGO_CACHE", str(tmp_path / "cache"))
+    seen = []
+
+    def report(event):
+        if event.kind == "epoch":
+            seen.append(open_tables(tmp_path))
+
+    run = Run(model("a"), model("b", kwargs={"hidden": 5}), folder=tmp_path, measure=True)
+    run.execute(report)
+    assert seen
+    assert all(seen)
+    assert open_tables(tmp_path) == []
+
+
+def open_tables(folder):
+    files = [Path(file.path) for file in psutil.Process().open_files()]
+    return [path for path in files if path.parent == folder / "cache"]
 
 
 @pytest.mark.parametrize("fuse", [False, True])
