@@ -36,7 +36,7 @@ from cgo.model import Model, ModelStatus
 from cgo.passes.batch_operators import BatchOperators
 from cgo.planner import MergeReport
 from cgo.platforms.base import Platform
-from cgo.platforms.local import GRACE_S, IMPORT_ROOTS, LocalPlatform
+from cgo.platforms.local import GRACE_S, IN_TRIAL, LocalPlatform
 from cgo.scheduler import Scheduler
 from cgo.store import Store, spec_of
 from cgo.tuning import Tuning
@@ -295,7 +295,7 @@ def refuse_inside_trial(name: str) -> None:
     """
     data = sys.modules.get("torch.utils.data")
     worker = data is not None and data.get_worker_info() is not None
-    if IMPORT_ROOTS not in os.environ and not worker:
+    if IN_TRIAL not in os.environ and not worker:
         return
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_name != "<module>":

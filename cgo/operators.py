@@ -111,7 +111,7 @@ _REFUSED = re.compile(
     r"|.*(sparse|nested|quantized|mkldnn|padded_tensor|_polynomial_).*"
     r"|from_file|resize|resize_as.*|set|int_repr|dequantize|segment_reduce|choose_qparams.*"
     r"|hspmm|sspaddmm|smm|pin_memory|data|(c?col_|c?row_)?indices(_copy)?|values(_copy)?|coalesce"
-    r"|batch_norm_.*|embedding_renorm|get_gradients|hash_tensor|convolution_overrideable|thnn_.*"
+    r"|batch_norm_.*|get_gradients|hash_tensor|convolution_overrideable|thnn_.*"
     r"|slow_conv.*|.*dense_tensors"
 )
 

@@ -20,7 +20,7 @@ from cgo.errors import TrialError
 from cgo.events import Event, encode
 from cgo.graph import ModelId
 from cgo.graph_data import GraphData
-from cgo.platforms.local import IMPORT_ROOTS, follow_parent
+from cgo.platforms.local import IMPORT_ROOTS, IN_TRIAL, follow_parent
 from cgo.reading import read_document
 from cgo.user_code import Terminated, terminate_on_signals
 
@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ[ALLOWED_MODULES] = options.allowed_modules
     faulthandler.enable(all_threads=False)  # the log then says which line of Python crashed
     terminate_on_signals()
-    os.environ.setdefault(IMPORT_ROOTS, "")  # marks trials and what they start
+    os.environ[IN_TRIAL] = "1"
     try:
         return _run(options)
     except Terminated as ended:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -42,6 +43,7 @@ from cgo.operators import aten, named_arguments
 from cgo.passes.sharing import argument_key
 from cgo.passes.work import is_view
 from cgo.private.fake_tensors import FakeTensorMode
+from cgo.private.operators import OpOverload
 from cgo.runtime.operators import filler, symbol_value
 from cgo.runtime.precision import autocasting
 from cgo.runtime.watching import Limits, TooMuch, Watch
@@ -170,7 +172,7 @@ class _Admission:
             return "reads a value that is no tensor"
         if (reason := self._size_reason([*given, *node.types])) is not None:
             return reason
-        if (reason := _list_reason(node) or _reach_reason(node, given)) is not None:
+        if (reason := _refusal(node, given)) is not None:
             return reason
         try:
             result = self._called(node, given)
@@ -257,19 +259,46 @@ def silent() -> Iterator[None]:
         chatty.setLevel(level)
 
 
+def _refusal(node: Node, given: Sequence[TensorType | None]) -> str | None:
+    """What torch itself does not check before it does harm."""
+    return _list_reason(node) or _symbol_reason(node) or _reach_reason(node, given)
+
+
 def _list_reason(node: Node) -> str | None:
     """Operators on lists of tensors look at the first one, whether there is one or not."""
     overload = aten(node.op)
     if overload is None:
         return None
-    for argument, value in zip(overload._schema.arguments, node.args):
+    for argument, value in _arguments(overload, node):
         if value == () and "List[Tensor]" in str(argument.type):
             return f"{node.op}: no tensors in {argument.name}"
-    keywords = {argument.name: str(argument.type) for argument in overload._schema.arguments}
-    for key, value in node.kwargs:
-        if value == () and "List[Tensor]" in keywords.get(key, ""):
-            return f"{node.op}: no tensors in {key}"
     return None
+
+
+#: Kinds of our symbols by torch's types, which take any number and look it up without a check.
+_ENUMERATIONS = {"ScalarType": "dtype", "Layout": "layout", "MemoryFormat": "memory_format"}
+
+
+def _symbol_reason(node: Node) -> str | None:
+    """What is one of torch's constants is written as one."""
+    overload = aten(node.op)
+    if overload is None:
+        return None
+    for argument, value in _arguments(overload, node):
+        kind = _ENUMERATIONS.get(re.sub(r"Optional\[(.*)\]", r"\1", str(argument.real_type)))
+        if kind is None or value is None:
+            continue
+        if not isinstance(value, Symbol) or value.kind != kind:
+            return f"{node.op}: {argument.name} {value!r:.60} is no {kind}"
+    return None
+
+
+def _arguments(overload: OpOverload, node: Node) -> Iterator[tuple[Any, Argument]]:
+    """What a node gives, each with its place in the schema."""
+    arguments = overload._schema.arguments
+    yield from zip(arguments, node.args)
+    keywords = {argument.name: argument for argument in arguments}
+    yield from ((keywords[key], value) for key, value in node.kwargs if key in keywords)
 
 
 def _reach_reason(node: Node, given: Sequence[TensorType | None]) -> str | None:

@@ -16,6 +16,16 @@ def own_cache(tmp_path_factory):
     os.environ["CGO_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(autouse=True)
+def own_environment():
+    """What is called in this process and not in one of its own may set variables, as trials do."""
+    before = dict(os.environ)
+    yield
+    if dict(os.environ) != before:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 @pytest.fixture
 def cuda():
     """A CUDA device; without one the test is skipped, and says so."""

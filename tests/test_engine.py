@@ -389,7 +389,7 @@ def test_an_engine_inside_a_trial_or_a_loaders_worker_is_refused(tmp_path, monke
 
     (told,) = next(iter(torch.utils.data.DataLoader(Makes(), num_workers=1)))
     assert told.startswith("a CGOEngine was made inside a worker of a loader, by ")
-    monkeypatch.setenv("CGO_IMPORT_ROOTS", "")
+    monkeypatch.setenv("CGO_IN_TRIAL", "1")
     for kind in (cgo.CGOEngine, cgo.BaseExecutionEngine, get_execution_engine):
         with pytest.raises(cgo.errors.NestedEngineError, match=r"made inside a trial, by .*, line"):
             kind(experiment_dir=tmp_path / "trial")

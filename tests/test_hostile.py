@@ -461,6 +461,11 @@ CALLS = {
     "Dimension out of range": {"op": "aten.sum.dim_IntList", "more": [[7]]},
     "only Tensors of floating point dtype": {"op": "aten.view_as_complex.default"},
     "no tensors in tensors": {"op": "aten.cat.default", "args": [[]]},
+    "dtype 1000 is no dtype": {"op": "aten.softmax.int", "more": [1, 1000]},
+    "is no dtype": {"op": "aten.softmax.int", "more": [1, {"symbol": ["layout", "strided"]}]},
+    "dtype 6 is no dtype": {"op": "aten.cumsum.default", "more": [0], "kwargs": {"dtype": 6}},
+    "memory_format 7 is no": {"op": "aten.clone.default", "kwargs": {"memory_format": 7}},
+    "layout -1 is no layout": {"op": "aten.zeros_like.default", "kwargs": {"layout": -1}},
 }
 
 
@@ -470,6 +475,7 @@ def test_calls(message, made, alone, tmp_path):
     change = CALLS[message]
     node["op"] = change.get("op", node["op"])
     node["args"] = change.get("args", node.get("args", []) + change.get("more", []))
+    node["kwargs"] = change.get("kwargs", {})
     shapes = change.get("types", [node["types"][0]["shape"]])
     node["types"] = [{"dtype": change.get("dtype", "float32"), "shape": s} for s in shapes]
     if change.get("args"):

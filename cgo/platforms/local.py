@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 
 IMPORT_ROOTS = "CGO_IMPORT_ROOTS"
 
+#: Set in a trial's process, and so in all that it starts.
+IN_TRIAL = "CGO_IN_TRIAL"
+
 #: Keep freed memory in the process: with glibc's defaults, large tensors are mapped, zeroed and
 #: unmapped at every step, which costs up to a factor of two.
 MALLOC = {

@@ -132,7 +132,7 @@ def test_configurations_of_other_services_are_passed_on_as_they_are():
     )
     for service in (remote, kubeflow):
         platform = NniPlatform(service, concurrency=3, python="python3")
-        config = platform._config()
+        config = platform._config({})
         assert config.training_service is service
         assert "python3 -P -m cgo.trial" in config.trial_command or sys.version_info < (3, 11)
         assert config.trial_concurrency == 4

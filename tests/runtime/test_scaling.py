@@ -170,7 +170,9 @@ class Trial(Merged):
         models = [case.model() for case in cases]
         self.plan = Planner(True, ALL).plan(models, folder, {"tuning": KNOWN.as_json()})
         assert not self.plan.failures, self.plan.failures
-        self.trial = _Trial(self.plan.graph_data, folder, self.events.append, self, [CPU], KNOWN)
+        self.trial = _Trial(
+            self.plan.graph_data, {}, folder, self.events.append, self, [CPU], KNOWN
+        )
 
     def run(self):
         self.trial.run()

@@ -55,11 +55,11 @@ def argument(kind: str, dice: Random, values: list[Any]) -> Any:
     return None
 
 
-#: Arguments that are numbers in schemas, and names in documents.
+#: Arguments that are numbers in schemas, and names in documents, by what they really are.
 _NAMED = {
-    "dtype": lambda dice: {"symbol": ["dtype", dice.choice(sorted(DTYPES))]},
-    "layout": lambda dice: {"symbol": ["layout", "strided"]},
-    "memory_format": lambda dice: {
+    "ScalarType": lambda dice: {"symbol": ["dtype", dice.choice(sorted(DTYPES))]},
+    "Layout": lambda dice: {"symbol": ["layout", "strided"]},
+    "MemoryFormat": lambda dice: {
         "symbol": ["memory_format", dice.choice(["contiguous_format", "channels_last"])]
     },
 }
@@ -73,10 +73,9 @@ def drawn_call(op: str, dice: Random, values: list[Any]) -> tuple[list[Any], dic
             if not given.kwarg_only and not kwargs:
                 break
             continue
-        if given.name in _NAMED and "int" in str(given.type):
-            value = _NAMED[given.name](dice)
-        else:
-            value = argument(str(given.type), dice, values)
+        real = str(given.real_type).removeprefix("Optional[").removesuffix("]")
+        named = _NAMED.get(real)
+        value = argument(str(given.type), dice, values) if named is None else named(dice)
         if given.kwarg_only:
             kwargs[given.name] = value
         else:

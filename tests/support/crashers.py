@@ -31,7 +31,7 @@ def crash(how):
 
 def company():
     """How many models this trial has; 0 in the engine's process."""
-    if "CGO_IMPORT_ROOTS" not in os.environ:
+    if "CGO_IN_TRIAL" not in os.environ:
         return 0
     from cgo import trial
 

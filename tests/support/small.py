@@ -266,7 +266,7 @@ class Crashes(nn.Module):
         import signal
 
         self.calls += self.training
-        if self.calls > self.after and "CGO_IMPORT_ROOTS" in os.environ:
+        if self.calls > self.after and "CGO_IN_TRIAL" in os.environ:
             os.kill(os.getpid(), signal.SIGKILL)
         out = self.body(x)
         return out * 2 if bool(out.sum() > 0) else out
@@ -282,7 +282,7 @@ def configured():
 
     from cgo.trial import experiment_config
 
-    if "CGO_IMPORT_ROOTS" in os.environ:
+    if "CGO_IN_TRIAL" in os.environ:
         assert experiment_config()["max_models"] == 7
         assert experiment_config()["trial_id"] == "t0000"
     return mlp()
