@@ -54,9 +54,8 @@ def take_part(source: Path, target: Path, models: Collection[ModelId], trial_id:
     part = restricted(whole, models)
     part = replace(part, experiment={**whole.experiment, "trial_id": trial_id}, base=target)
     target.mkdir(parents=True, exist_ok=True)
-    for reference in (*(entry.weights for entry in part.models), part.constants):
-        if reference is not None:
-            _share(source, target, reference)
+    for reference in part.files().values():
+        _share(source, target, reference)
     checkpoint.take(source, target, models)
     part.write(target / "graph.json")
     return part

@@ -163,12 +163,15 @@ class GraphData:
             MissingWeightsError: a file is not there, or is no plain file.
             WeightsHashError: a file has another content.
         """
-        references = {f"weights of model {model.id!r}": model.weights for model in self.models}
-        references |= {f"first call of model {model.id!r}": model.begun for model in self.models}
-        references["constants"] = self.constants
-        for what, reference in references.items():
-            if reference is not None:
-                self._check_file(what, reference)
+        for what, reference in self.files().items():
+            self._check_file(what, reference)
+
+    def files(self) -> dict[str, FileRef]:
+        """All that the document refers to, by what it is."""
+        found = {f"weights of model {model.id!r}": model.weights for model in self.models}
+        found |= {f"first call of model {model.id!r}": model.begun for model in self.models}
+        found["constants"] = self.constants
+        return {what: reference for what, reference in found.items() if reference is not None}
 
     def _check_file(self, what: str, reference: FileRef) -> None:
         try:

@@ -35,6 +35,7 @@ class Killed:
             model("d-instance", net),
             model("e-noisy", source="noisy_points", epochs=1),
             model("f-stem", "support.small:stemmed"),  # equals the first
+            model("g-lazy", "support.small:lazy"),
         ]
         settings = {"trial_id": "t0", "tuning": {"measure": False}}
         self.folder = folder / "killed"
@@ -70,6 +71,7 @@ def killed(tmp_path_factory):
     "models",
     [
         ["a-stem"], ["c-stem"], ["b-opaque", "d-instance"], ["a-stem", "c-stem"],
+        ["g-lazy"],
         ["a-stem", "b-opaque", "c-stem", "d-instance"],
     ],
     ids="+".join,
@@ -152,6 +154,6 @@ def test_models_whose_end_was_told_are_passed_over_by_a_trial_that_goes_on(kille
     shutil.copytree(killed.folder, tmp_path / "again")
     checkpoint.end(tmp_path / "again", ["b-opaque", "e-noisy"])
     rows = run(cgo.GraphData.read(tmp_path / "again" / "graph.json"), tmp_path / "again")
-    assert {id_ for id_, _ in rows} == {"a-stem", "c-stem", "d-instance"}
+    assert {id_ for id_, _ in rows} == {"a-stem", "c-stem", "d-instance", "g-lazy"}
     assert rows == {key: row for key, row in killed.rows.items() if key in rows}
     assert checkpoint.load(tmp_path / "again")["e-noisy"]["history"] != []  # it had ended there

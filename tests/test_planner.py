@@ -81,7 +81,7 @@ def test_whatever_is_wrong_with_a_module_is_told_of_it_alone(tmp_path):
     assert {"good", "better", "factory-repr", "instance-repr"} <= set(planned(plan))
     for id_, error in plan.failures.items():
         assert error.startswith(f"model {id_!r}: ")
-    assert "raised SystemExit: 5 (" in plan.failures["factory-exits"]
+    assert "raised SystemExit: 5, at awkward.py:" in plan.failures["factory-exits"]
     assert "awkward.py" in plan.failures["factory-exits"]
     assert "RuntimeError: no named_parameters" in plan.failures["instance-named_parameters"]
     assert len(planned(plan)) + len(plan.failures) == len(given) + 1

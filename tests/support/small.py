@@ -6,6 +6,10 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
 
+def lazy():
+    return nn.Sequential(nn.LazyLinear(5), nn.ReLU(), nn.LazyLinear(3))
+
+
 def points(samples=40, features=6, classes=3, validation=12):
     """Classification of random points; (samples, features) float32 and int64 classes."""
     generator = torch.Generator().manual_seed(5)
