@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -254,6 +255,45 @@ def test_files_outside(name, documents):
     for path in ("constants", "models.0.weights"):
         said = refusal(put(copy.deepcopy(document), path, reference))
         assert re.search(r"does not lie beside|cannot be printed", said)
+    said = refusal(put(documents["lazy"], "models.0.begun", reference))
+    assert re.search(r"does not lie beside|cannot be printed", said)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"0.weight": None}, {"9.weight": torch.zeros(3)}, {"0.weight": torch.zeros(5, 5)},
+        {"0.bias": torch.zeros(1)}, {"0.weight": torch.zeros(4, 6, dtype=torch.int64)},
+        {"2.weight": torch.zeros(1, 1)}, {"0.more": torch.zeros(2)}, {"training": torch.zeros(2)},
+        {"0.forward": torch.zeros(2)}, {"": torch.zeros(2)}, {"cgo.stream": torch.zeros(3)},
+        {"cgo.stream": torch.zeros(5056, dtype=torch.uint8)},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("model", [0, 2], ids=["captured", "opaque"])
+def test_what_first_calls_have_not_made(model, change, made, documents, tmp_path):
+    """Tensors of other names, shapes and kinds: that model fails, or computes with its numbers."""
+    document, base = documents["lazy"], tmp_path / "lazy"
+    whole = trained(document, made[1] / "lazy", tmp_path / "whole")
+    shutil.copytree(made[1] / "lazy", base)
+    begun = document["models"][model]["begun"]
+    tensors = weights.load(base / begun["file"])
+    prefix = "body." if model == 2 else ""
+    for path, value in change.items():
+        path = path.replace("0.", prefix) if path.startswith("0.") and prefix else path
+        tensors = {**tensors, path: value} if value is not None else _without(tensors, path)
+    weights.save(base / begun["file"], tensors)
+    begun["sha256"] = cgo.graph_data.file_sha256(base / begun["file"])
+    ended = trained(document, base, tmp_path / "out")
+    bad = document["models"][model]["id"]
+    assert {id_: v for id_, v in ended.items() if id_ != bad} == {
+        id_: v for id_, v in whole.items() if id_ != bad
+    }
+    assert ended[bad]["error"] is None or len(ended[bad]["error"]) < 1000
+
+
+def _without(tensors, path):
+    return {key: value for key, value in tensors.items() if key != path}
 
 
 def test_links_that_lead_outside(made, documents, tmp_path):

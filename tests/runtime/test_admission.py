@@ -42,7 +42,7 @@ def changed(data, named, model="a", **fields):
     return replace(data, graph=replace(data.graph, nodes=nodes)), node
 
 
-@pytest.mark.parametrize("name", ["points", "stems", "images", "tokens", "files"])
+@pytest.mark.parametrize("name", ["points", "stems", "images", "tokens", "lazy", "files"])
 def test_real_documents_are_admitted_as_they_are(name, families):
     data = families[name]
     found, refused = admit(data, constants_of(data), ENOUGH)

@@ -147,9 +147,9 @@ def frozen(hidden=4):
 class Decides(nn.Module):
     """Reads a value to decide, so that it becomes an opaque lane."""
 
-    def __init__(self):
+    def __init__(self, body):
         super().__init__()
-        self.body = nn.Linear(6, 3)
+        self.body = body
 
     def forward(self, x):
         out = self.body(x)
@@ -157,7 +157,17 @@ class Decides(nn.Module):
 
 
 def decides():
-    return Decides()
+    return Decides(nn.Linear(6, 3))
+
+
+def lazily_decides():
+    return Decides(nn.LazyLinear(3))
+
+
+def lazy(hidden=4):
+    """Its first call makes its first layer, and a document has a file of what that drew."""
+    bounded(hidden=hidden)
+    return nn.Sequential(nn.LazyLinear(hidden), nn.Tanh(), nn.Linear(hidden, 3))
 
 
 class Chebyshev(nn.Module):
@@ -198,7 +208,7 @@ def _model(id_, factory, kwargs=None, data="points", seed=0, spec=(), **training
 
 
 def families() -> dict[str, list[cgo.Model]]:
-    """Models of each document: fused, shared, opaque, with weights in a file, of two data sets."""
+    """Models of each document: fused, shared, opaque, lazy, with files, of two data sets."""
     torch.manual_seed(0)
     momentum = {"optimizer_kwargs": {"lr": 0.01, "momentum": 0.9}}
     return {
@@ -218,6 +228,9 @@ def families() -> dict[str, list[cgo.Model]]:
         "tokens": [
             _model("a", "reader", data="tokens", grad_clip_norm=1.0),
             _model("b", "recurrent", data="tokens", precision="float64"),
+        ],
+        "lazy": [
+            _model("a", "lazy"), _model("b", "lazy", seed=1), _model("o", "lazily_decides"),
         ],
         "files": [
             _model("a", mlp(3), spec={"seed": 1}), _model("b", mlp(3), spec={"seed": 1}),
