@@ -69,7 +69,17 @@ def test_24_models_of_six_families_equal_training_alone(tmp_path, alone):
 #: Every layout, and every width of a chunk, for all groups that can have it.
 FORCED = [
     *({"layout": layout} for layout in ("lanes", "stacked", "channels")),
-    *({"width": width, "layout": layout} for width in (2, 4, 8) for layout in (None, "channels")),
+    {"width": 2, "layout": None},
+    *(
+        pytest.param({"width": width, "layout": layout}, marks=pytest.mark.long)
+        for width, layout in (
+            (2, "channels"),
+            (4, None),
+            (4, "channels"),
+            (8, None),
+            (8, "channels"),
+        )
+    ),
 ]
 
 

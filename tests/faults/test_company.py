@@ -79,7 +79,7 @@ FEW = settings(
     max_examples=5, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True,
     phases=(Phase.explicit, Phase.reuse, Phase.generate),
 )  # fmt: skip
-MANY = settings(FEW, max_examples=120)
+MANY = settings(FEW, max_examples=60)
 
 
 def bits(company, tmp_path_factory):
@@ -122,7 +122,14 @@ def test_every_kind_of_bad_model_fails_with_an_error_of_its_own(kind, tmp_path):
     assert len(heard["good0"]) == 4
 
 
-@pytest.mark.parametrize("kind", sorted(k for k, v in bad.KINDS.items() if v.ends))
+#: Each takes half a minute.
+ENDS = [
+    pytest.param(kind, marks=[] if kind == "reads nothing" else pytest.mark.long)
+    for kind in sorted(k for k, v in bad.KINDS.items() if v.ends)
+]
+
+
+@pytest.mark.parametrize("kind", ENDS)
 def test_a_model_that_ends_its_process_ends_alone(kind, tmp_path):
     others = [good(number, family) for number, family in enumerate(GOOD[:3])]
     rotten = bad.model(kind, "bad0")

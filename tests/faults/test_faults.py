@@ -74,6 +74,7 @@ def test_a_killed_trial_goes_on_and_ends_as_if_nothing_had_happened(tmp_path):
         assert all(bool((value == state[name]).all()) for name, value in left.state_dict().items())
 
 
+@pytest.mark.long
 def test_a_model_that_kills_its_process_fails_alone(tmp_path):
     good, other = model("good", kwargs={"hidden": 20_000}), model("other", kwargs={"hidden": 5})
     bad = model("bad", "support.small:crashes", {"after": 3})

@@ -231,7 +231,9 @@ def until(child, line):
     raise AssertionError(f"{line!r} was never printed: {child.stderr.read()}")
 
 
-@pytest.mark.parametrize("name", ["factory", "importing", "leaver"])
+@pytest.mark.parametrize(
+    "name", ["factory", "importing", pytest.param("leaver", marks=pytest.mark.long)]
+)
 def test_one_interrupt_ends_a_search_that_is_in_user_code(name, stuck):
     """In a factory, in an import, and in a listener."""
     with stuck("waits", name) as child:

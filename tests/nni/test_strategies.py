@@ -54,7 +54,14 @@ def check_trained(models):
         assert model.metrics.intermediates[-1] == model.metric
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+#: Each searches; the others are as quick, and take other paths through NNI.
+LONG = {"TPE", "PolicyBasedRL"}
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [pytest.param(s, marks=[pytest.mark.long] if s in LONG else []) for s in STRATEGIES],
+)
 def test_a_search_on_this_machine(strategy, tmp_path):
     models, engine = search(strategy, nni_spaces.space(), tmp_path)
     check_trained(models)

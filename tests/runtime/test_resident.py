@@ -39,7 +39,7 @@ def assert_same(found, expected):
             assert leaf.stride() == other[name].stride(), name
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.lists(st.integers(1, 6), min_size=1, max_size=4),
     st.integers(1, 7),
