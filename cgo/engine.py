@@ -164,7 +164,7 @@ class _Engine(AbstractExecutionEngine):
             )
 
     def _check_modules(self, model: Model) -> None:
-        """A trial would refuse the whole document for one name that it may not import."""
+        """Refuse at once what a trial would fail the model for: a name that it may not import."""
         if self._allowed_modules is None:
             return
         for field, path in _named(model):

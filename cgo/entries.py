@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, ConfigDict, Field, field_validator
 from pydantic.dataclasses import dataclass
 
 from cgo.dtypes import DTYPES
 from cgo.errors import GraphDataError
 from cgo.ids import MODEL_ID
 from cgo.limits import MOST_ELEMENTS, MOST_NAME, MOST_TEXT, check_tensor
-from cgo.model import TrainingSpec, canonical_json, describe
+from cgo.model import TrainingSpec, canonical_json, raising
 
 _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -38,25 +37,8 @@ DtypeName = Annotated[
 ]
 Size = Annotated[int, Field(ge=0, le=MOST_ELEMENTS)]
 
-T = TypeVar("T")
 
-
-def _raises(cls: type[T]) -> type[T]:
-    """Let a pydantic dataclass raise `GraphDataError` from its constructor."""
-    validate = cls.__init__
-
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        try:
-            validate(self, *args, **kwargs)
-        except ValidationError as error:
-            raise GraphDataError(f"{cls.__name__}: {describe(error)}") from error
-
-    __init__.__signature__ = inspect.signature(cls)  # type: ignore[attr-defined]
-    cls.__init__ = __init__  # type: ignore[assignment]
-    return cls
-
-
-@_raises
+@raising(GraphDataError)
 @dataclass(frozen=True, config=_CONFIG)
 class FileRef:
     """A file beside the document, with the SHA-256 of its content."""
@@ -65,7 +47,7 @@ class FileRef:
     sha256: Annotated[str, Field(max_length=64)]
 
 
-@_raises
+@raising(GraphDataError)
 @dataclass(frozen=True, config=_CONFIG)
 class Factory:
     """What builds a module: called with `kwargs` right after `torch.manual_seed(seed)`."""
@@ -79,7 +61,7 @@ class Factory:
         return canonical_json(kwargs, what="kwargs")  # type: ignore[no-any-return]
 
 
-@_raises
+@raising(GraphDataError)
 @dataclass(frozen=True, config=_CONFIG)
 class StateEntry:
     """One parameter or buffer, under the module's own name."""
@@ -102,7 +84,7 @@ class StateEntry:
         return shape
 
 
-@_raises
+@raising(GraphDataError)
 @dataclass(frozen=True, config=_CONFIG)
 class ModelEntry:
     """One model of the trial. Exactly one of `factory` and `weights` is given."""

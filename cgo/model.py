@@ -10,7 +10,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import (
     ConfigDict,
@@ -22,13 +22,15 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-from cgo.errors import SpecError
+from cgo.errors import CgoError, SpecError
 from cgo.ids import checked_id
 from cgo.imports import is_import_path, resolve
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+T = TypeVar("T")
 
 _CONFIG = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False)
 
@@ -59,19 +61,23 @@ def describe(error: ValidationError) -> str:
     return "; ".join(phrases)
 
 
-def _raises_spec_error(cls: type) -> type:
-    """Let a pydantic dataclass raise `SpecError` from its constructor."""
-    validate = cls.__init__  # type: ignore[misc]
+def raising(kind: type[CgoError]) -> Callable[[type[T]], type[T]]:
+    """Let a pydantic dataclass raise an error of ours from its constructor."""
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        try:
-            validate(self, *args, **kwargs)
-        except ValidationError as error:
-            raise SpecError(f"{cls.__name__}: {describe(error)}") from error
+    def decorate(cls: type[T]) -> type[T]:
+        validate = cls.__init__
 
-    __init__.__signature__ = inspect.signature(cls)  # type: ignore[attr-defined]
-    cls.__init__ = __init__  # type: ignore[misc]
-    return cls
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            try:
+                validate(self, *args, **kwargs)
+            except ValidationError as error:
+                raise kind(f"{cls.__name__}: {describe(error)}") from error
+
+        __init__.__signature__ = inspect.signature(cls)  # type: ignore[attr-defined]
+        cls.__init__ = __init__  # type: ignore[assignment]
+        return cls
+
+    return decorate
 
 
 def canonical_json(value: Any, *, what: str) -> Any:
@@ -86,7 +92,7 @@ def canonical_json(value: Any, *, what: str) -> Any:
         raise ValueError(f"{what} must be JSON values: {error}") from error
 
 
-@_raises_spec_error
+@raising(SpecError)
 @dataclass(frozen=True, config=_CONFIG)
 class DataSpec:
     """Where batches come from; models whose specs are equal share one loader.
@@ -168,7 +174,7 @@ LATER_FIELDS: dict[type, dict[str, Any]] = {
 }
 
 
-@_raises_spec_error
+@raising(SpecError)
 @dataclass(frozen=True, config=_CONFIG)
 class TrainingSpec:
     """How one model is trained.

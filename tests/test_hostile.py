@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import hostile
+from support.special import special
 
 import cgo
 from cgo import limits, weights
@@ -306,17 +307,6 @@ def test_links_that_lead_outside(made, documents, tmp_path):
     data = GraphData.load(put(documents["files"], "models.0.weights", reference), base=folder)
     with pytest.raises(GraphDataError, match=r"weights of model 'a': .* leads out of its folder"):
         data.check_files()
-
-
-def special(kind, path):
-    match kind:
-        case "pipe":
-            os.mkfifo(path)
-        case "folder":
-            path.mkdir()
-        case "device":
-            path.symlink_to("/dev/zero")
-    return path
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device", "missing"])

@@ -1,7 +1,5 @@
-import os
-import socket
-
 import pytest
+from support.special import special
 
 from cgo.paths import inside, is_plain, lies_beside, open_plain, read_plain
 
@@ -38,22 +36,6 @@ def test_links_are_followed(tmp_path):
         inside(folder, "bad")
     with pytest.raises((ValueError, OSError)):
         open_plain(inside(folder, "round"))
-
-
-def special(kind, path):
-    match kind:
-        case "pipe":
-            os.mkfifo(path)
-        case "folder":
-            path.mkdir()
-        case "device":
-            path.symlink_to("/dev/zero")
-        case "socket":
-            with socket.socket(socket.AF_UNIX) as made:
-                made.bind(str(path))
-        case "missing":
-            pass
-    return path
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device", "socket", "missing"])
