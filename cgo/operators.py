@@ -116,6 +116,25 @@ _REFUSED = re.compile(
 )
 
 
+def draws(overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of an ATen operator draws random numbers.
+
+    Attention and recurrences that may drop out values draw none where they are told not to.
+    """
+    import torch
+
+    if torch.Tag.nondeterministic_seeded not in overload.tags:
+        return False
+    arguments = overload._schema.arguments
+    given = dict(zip((argument.name for argument in arguments), args)) | dict(kwargs)
+    chances = [
+        given.get(argument.name, argument.default_value)
+        for argument in arguments
+        if argument.name in ("dropout_p", "dropout")
+    ]
+    return chances[:1] != [0]
+
+
 #: Argument names of our own operators.
 _OURS = {"cgo.batch_norm": ("input", "weight", "bias", "mean", "var", "momentum", "eps")}
 

@@ -46,7 +46,7 @@ from cgo.private.fake_tensors import FakeTensorMode
 from cgo.private.operators import OpOverload
 from cgo.runtime.operators import filler, symbol_value
 from cgo.runtime.precision import autocasting
-from cgo.runtime.watching import Limits, TooMuch, Watch
+from cgo.runtime.watching import Limits, Refused, Watch
 from cgo.text import printable
 
 _CPU = torch.device("cpu")
@@ -176,7 +176,7 @@ class _Admission:
             return reason
         try:
             result = self._called(node, given)
-        except TooMuch as error:
+        except Refused as error:
             return f"{node.op}: {error}"
         except Exception as error:  # whatever torch has against the arguments
             text = printable(str(error).partition("\n")[0], _MOST_REASON)

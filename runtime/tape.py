@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cgo.errors import CgoError
+from cgo.operators import draws
 from cgo.private import interpreter
 from cgo.private.dispatch_modes import TorchDispatchMode, current_mode
 from cgo.private.operators import OpOverload
@@ -302,15 +303,6 @@ class _Undoing(_Recorder):
                 tensor.copy_(before)
 
 
-def _drops(func: OpOverload, args: Any, kwargs: Any) -> bool:
-    """Whether an operator that may drop out values is told to; others that may draw do."""
-    given = dict(zip((argument.name for argument in func._schema.arguments), args)) | kwargs
-    for argument in func._schema.arguments:
-        if argument.name in ("dropout_p", "dropout"):
-            return given.get(argument.name, argument.default_value) != 0
-    return True
-
-
 def _refuse(func: OpOverload, args: Any, kwargs: Any) -> None:
     tags = func.tags
     varies = torch.Tag.dynamic_output_shape in tags
@@ -318,7 +310,7 @@ def _refuse(func: OpOverload, args: Any, kwargs: Any) -> None:
         varies = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
     if varies or torch.Tag.data_dependent_output in tags:
         raise TapeError(f"{func}: depends on values")
-    random = torch.Tag.nondeterministic_seeded in tags and _drops(func, args, kwargs)
+    random = draws(func, args, kwargs)
     if random and not any(isinstance(item, torch.Generator) for item in tree_iter((args, kwargs))):
         raise TapeError(f"{func}: draws from the process's random stream")
 

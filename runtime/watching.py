@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+from cgo.limits import MOST_DIMENSIONS
+from cgo.operators import draws
 from cgo.private.operators import OpOverload
 from cgo.private.trees import tree_iter
 from cgo.runtime.rehearsal import LiveBytes
@@ -39,12 +41,16 @@ class Limits:
         return cls(total_bytes, 4.0 * total_bytes, graph_bytes=8.0 * total_bytes)
 
 
-class TooMuch(Exception):
-    """An operator would take more than the limits allow; says what of."""
+class Refused(Exception):
+    """An operator would take more than the limits allow, or draw random numbers; says which."""
 
 
 class Watch(LiveBytes):
-    """Counts what operators inside take, and stops the one that takes too much."""
+    """Counts what operators inside take, and stops the one that takes too much.
+
+    Raises:
+        Refused: it does, or it draws random numbers, which only `cgo.random` does for a model.
+    """
 
     def __init__(self, limits: Limits) -> None:
         super().__init__("cpu")
@@ -60,14 +66,34 @@ class Watch(LiveBytes):
     ) -> Any:
         self._calls += 1
         if self._calls > self._limits.calls:
-            raise TooMuch(f"more than {self._limits.calls:,} operators in one")
+            raise Refused(f"more than {self._limits.calls:,} operators in one")
+        _check_dimensions(func, args, kwargs or {})
+        if draws(func, args, kwargs or {}):
+            raise Refused("draws from the process's random stream; cgo.random draws from a model's")
         result = super().__torch_dispatch__(func, types, args, kwargs)
         if self.highest > self._limits.inner_bytes:
-            raise TooMuch(f"{self.highest:,} bytes on its way; {_shown(self._limits.inner_bytes)}")
+            raise Refused(f"{self.highest:,} bytes on its way; {_shown(self._limits.inner_bytes)}")
         self._flops += flops_of(func, args, kwargs or {}, result)
         if self._flops > self._limits.flops:
-            raise TooMuch(f"{self._flops:.3g} operations; {_shown(self._limits.flops)}")
+            raise Refused(f"{self._flops:.3g} operations; {_shown(self._limits.flops)}")
         return result
+
+
+#: Lists of numbers with one for each part or sample; all others have one or two a dimension.
+_BY_PART = {"split_sizes", "indices", "input_lengths", "target_lengths", "batch_sizes"}
+
+
+def _check_dimensions(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Stop a call for a tensor of endless dimensions, which takes torch their square in time."""
+    names = (argument.name for argument in func._schema.arguments)
+    for name, value in (*zip(names, args), *kwargs.items()):
+        if not isinstance(value, (list, tuple)) or len(value) <= 2 * MOST_DIMENSIONS:
+            continue
+        if name not in _BY_PART and isinstance(value[0], int):
+            raise Refused(
+                f"{name} has {len(value):,} numbers; a tensor has at most {MOST_DIMENSIONS} "
+                "dimensions"
+            )
 
 
 def _shown(limit: float) -> str:

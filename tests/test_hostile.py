@@ -496,6 +496,8 @@ CALLS = {
     "dtype 6 is no dtype": {"op": "aten.cumsum.default", "more": [0], "kwargs": {"dtype": 6}},
     "memory_format 7 is no": {"op": "aten.clone.default", "kwargs": {"memory_format": 7}},
     "layout -1 is no layout": {"op": "aten.zeros_like.default", "kwargs": {"layout": -1}},
+    "process's random stream": {"op": "aten.random.from", "more": [0, 5]},
+    "draws from the process": {"op": "aten.dropout.default", "more": [0.5, True]},
 }
 
 
@@ -534,6 +536,11 @@ LARGE = {
     "outer": ("aten.kron.default", ["big", "big"], [2**18, 2**16]),
     "combinations": ("aten.combinations.default", ["line", 12], [455, 12]),
     "product": ("aten.mm.default", ["wide", "tall"], [2**16, 2**16]),
+    "dimensions": ("aten.combinations.default", ["line", 2**15], [1]),
+    "view": ("aten.view.default", ["x", [12, *[1] * 2**15]], [12]),
+    "reshape": ("aten.reshape.default", ["x", [12, *[1] * 2**15]], [12]),
+    "expand": ("aten.expand.default", ["x", [*[1] * 2**15, 4, 3]], [4, 3]),
+    "tile": ("aten.tile.default", ["x", [1] * 2**15], [4, 3]),
 }
 
 
@@ -554,7 +561,7 @@ def test_calls_that_would_take_too_much(name, made, alone, tmp_path):
     _use(document, node, model, program, op, args, shape)
     bounds = Limits(tensor_bytes=2**36, inner_bytes=2**38, flops=2**50)
     ended = trained(document, made[1] / "stems", tmp_path, bounds)
-    assert re.search(r"bytes|operations", ended["b"]["error"]), ended["b"]["error"]
+    assert re.search(r"bytes|operations|dimensions", ended["b"]["error"]), ended["b"]["error"]
     assert f"%{program}/large" in ended["b"]["error"]
     assert ended["a"]["success"]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cgo.graph import SOURCES
-from cgo.operators import CGO_OPERATORS, aten, known, named_arguments
+from cgo.operators import CGO_OPERATORS, aten, draws, known, named_arguments
 
 
 def test_an_operator_is_found_by_name():
@@ -61,3 +61,23 @@ def test_arguments_of_our_own_operators_have_names():
     assert found["var"] == "v"
     assert found["eps"] == 1e-5
     assert named_arguments("cgo.input", (), {"leaf": "input"}) == {"leaf": "input"}
+
+
+X = torch.ones(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("op", "args", "kwargs", "drawn"),
+    [
+        ("aten.add.Tensor", (X, X), {}, False),
+        ("aten.rand_like.default", (X,), {}, True),
+        ("aten.bernoulli.p", (X, 0.0), {}, True),
+        ("aten.scaled_dot_product_attention.default", (X, X, X), {}, False),
+        ("aten.scaled_dot_product_attention.default", (X, X, X, None, 0.5), {}, True),
+        ("aten.scaled_dot_product_attention.default", (X, X, X), {"dropout_p": 0.5}, True),
+        ("aten.lstm.input", (X, [X], [X], True, 1, 0.0, False, False, True), {}, False),
+        ("aten.lstm.input", (X, [X], [X], True, 1, 0.1, True, False, True), {}, True),
+    ],
+)
+def test_calls_that_draw_random_numbers(op, args, kwargs, drawn):
+    assert draws(aten(op), args, kwargs) is drawn

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cgo.runtime.watching import Limits, TooMuch, Watch, flops_of
+from cgo.runtime.watching import Limits, Refused, Watch, flops_of
 
 aten = torch.ops.aten
 
@@ -52,8 +52,24 @@ def test_a_window_counts_as_far_as_it_lies_in_the_input():
     ],
 )
 def test_an_operator_is_stopped_at_a_limit(limits, message):
-    with FakeTensorMode(), Watch(limits), pytest.raises(TooMuch, match=message):
+    with FakeTensorMode(), Watch(limits), pytest.raises(Refused, match=message):
         torch.cartesian_prod(*[torch.empty(20)] * 3)
+
+
+@pytest.mark.parametrize("name", ["view", "repeat", "expand"])
+def test_a_tensor_of_endless_dimensions_is_stopped_before_it_is_made(name):
+    with FakeTensorMode(), Watch(Limits()), pytest.raises(Refused, match="32,768 numbers"):
+        getattr(torch.empty(1), name)([1] * 2**15)
+
+
+def test_random_numbers_are_not_drawn():
+    with FakeTensorMode(), Watch(Limits()), pytest.raises(Refused, match="random stream"):
+        torch.nn.functional.dropout(torch.empty(4), 0.5)
+
+
+def test_lists_with_a_number_for_each_part_may_be_long():
+    with FakeTensorMode(), Watch(Limits()):
+        assert len(torch.empty(1000).split_with_sizes([1] * 1000)) == 1000
 
 
 def test_an_operator_within_limits_is_let_through():

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cgo.dtypes import DTYPES
 from cgo.operators import aten
 from cgo.runtime.admission import silent
+from cgo.runtime.watching import Limits, Refused, Watch
 from cgo.wire import decode_argument
 
 SMALL = [-2, -1, 0, 1, 1, 2, 2, 3, 4, 5]
@@ -84,7 +85,10 @@ def drawn_call(op: str, dice: Random, values: list[Any]) -> tuple[list[Any], dic
 
 
 def types_of(op: str, args: Any, kwargs: Any, nodes: dict[str, Any]) -> list[Any] | None:
-    """What torch says that a call gives, as a document's types; None where it refuses it."""
+    """What torch says that a call gives, as a document's types; None where it refuses it.
+
+    A call that has to be refused gets some type: torch takes it, if it ever ends.
+    """
 
     def real(value: Any) -> Any:
         if isinstance(value, list):
@@ -99,8 +103,10 @@ def types_of(op: str, args: Any, kwargs: Any, nodes: dict[str, Any]) -> list[Any
         return value
 
     try:
-        with silent(), torch.no_grad(), FakeTensorMode():
+        with silent(), torch.no_grad(), FakeTensorMode(), Watch(Limits()):
             result = aten(op)(*map(real, args), **{k: real(v) for k, v in kwargs.items()})
+    except Refused:
+        return [{"dtype": "float32", "shape": []}]
     except Exception:
         return None
     several = result if isinstance(result, (list, tuple)) else [result]
