@@ -261,7 +261,12 @@ def silent() -> Iterator[None]:
 
 def _refusal(node: Node, given: Sequence[TensorType | None]) -> str | None:
     """What torch itself does not check before it does harm."""
-    return _list_reason(node) or _symbol_reason(node) or _reach_reason(node, given)
+    return (
+        _list_reason(node)
+        or _symbol_reason(node)
+        or _window_reason(node)
+        or _reach_reason(node, given)
+    )
 
 
 def _list_reason(node: Node) -> str | None:
@@ -290,6 +295,25 @@ def _symbol_reason(node: Node) -> str | None:
             continue
         if not isinstance(value, Symbol) or value.kind != kind:
             return f"{node.op}: {argument.name} {value!r:.60} is no {kind}"
+    return None
+
+
+#: Arguments by which convolutions and pooling are known from other operators with strides.
+_WINDOWS = {"kernel_size", "padding", "dilation", "output_padding"}
+
+
+def _window_reason(node: Node) -> str | None:
+    """Kernels keep what lies between two positions in 32 bits; torch 2.9 divides by what is left.
+
+    More makes no difference: no tensor is so long.
+    """
+    overload = aten(node.op)
+    if overload is None or _WINDOWS.isdisjoint(item.name for item in overload._schema.arguments):
+        return None
+    for argument, value in _arguments(overload, node):
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(type(number) is int and abs(number) >= 2**31 for number in numbers):
+            return f"{node.op}: {argument.name} {value!r:.60} is beyond 32 bits"
     return None
 
 
