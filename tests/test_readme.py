@@ -4,11 +4,15 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+
+installed = {distribution.metadata["Name"] for distribution in distributions()}
+needs_nni = pytest.mark.skipif("nni" not in installed, reason="NNI is not installed")
 
 
 def run(path, folder, *arguments):
@@ -34,6 +38,7 @@ def test_examples_run(name, tmp_path):
     assert "best:" in run(ROOT / "examples" / name, tmp_path)
 
 
+@needs_nni
 def test_the_nni_search_runs(tmp_path):
     options = ("--models", "3", "--epochs", "1", "--alone", "--platform", "local")
     output = run(ROOT / "examples" / "nni_search.py", tmp_path, *options)
@@ -41,6 +46,7 @@ def test_the_nni_search_runs(tmp_path):
     assert "models a minute" in output
 
 
+@needs_nni
 def test_the_nni_advisor_runs(tmp_path):
     output = run(ROOT / "examples" / "nni_advisor.py", tmp_path)
     names = {line.split()[0] for line in output.splitlines() if line.startswith("width-")}

@@ -594,7 +594,7 @@ KEPT = {
     "counting globally": (CountingGlobally, "global `CALLS`"),
     "counting in its class": (CountingInClass, "class attribute `calls` of CountingInClass"),
     "counting in a closure": (counting_closure, "variable `count` around"),
-    "own generator": (OwnGenerator, "attribute `draw`|looks at a value"),
+    "own generator": (OwnGenerator, "attribute `draw`|looks at a value|Generator"),
     "counting in a default": (CountingInDefault, "defaults or attributes of"),
     "counting in a function": (CountingInFunction, "global `count_in_function`|attributes of"),
     "counting elsewhere": (CountingElsewhere, "global `COUNT` of support.counters"),
