@@ -12,11 +12,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,17 +34,18 @@ from cgo.graph import (
     Symbol,
     TensorType,
     homes,
+    inputs_of,
     restrict,
 )
 from cgo.graph_data import GraphData
 from cgo.limits import storage_elements
-from cgo.operators import aten, named_arguments
+from cgo.operators import aten
 from cgo.passes.sharing import argument_key
 from cgo.passes.work import is_view
 from cgo.private.fake_tensors import FakeTensorMode
-from cgo.private.operators import OpOverload
 from cgo.runtime.operators import filler, symbol_value
 from cgo.runtime.precision import autocasting
+from cgo.runtime.unchecked import refusal
 from cgo.runtime.watching import Limits, Refused, Watch
 from cgo.text import printable
 
@@ -118,8 +118,7 @@ class _Admission:
     def __init__(self, data: GraphData, constants: Mapping[str, Tensor], limits: Limits) -> None:
         self._data, self._constants, self._limits = data, constants, limits
         self._nodes = {node.name: node for node in data.graph.nodes}
-        self._fakes = FakeTensorMode()
-        self._known: dict[object, str | None] = {}  # reasons, by what a call depends on
+        self._calls = Calls(limits)
 
     def refused(self) -> dict[ModelId, str]:
         """Why models cannot run; the first reason of each."""
@@ -140,16 +139,9 @@ class _Admission:
         if node.op in SOURCES:
             return self._source_reason(node)
         if node.op == "cgo.random":
-            return _random_reason(node) or self._size_reason(node.types)
-        refs: list[Ref] = []
-        key = (
-            node.op, node.autocast, node.types, argument_key(node.args, refs),
-            argument_key(node.kwargs, refs),
-        )  # fmt: skip
-        given = tuple(self._nodes[ref.name].types[ref.index] for ref in refs)
-        if (key, given) not in self._known:
-            self._known[key, given] = self._call_reason(node, given)
-        return self._known[key, given]
+            return _random_reason(node) or self._calls.size_reason(node.types)
+        given = [self._nodes[ref.name].types[ref.index] for ref in inputs_of(node)]
+        return self._calls.reason(node, given)
 
     def _source_reason(self, node: Node) -> str | None:
         type_ = node.types[0]
@@ -159,42 +151,7 @@ class _Admission:
                 return "the file of constants does not hold it"
             if type_ is None or _differs(value, type_, dtypes=True):
                 return f"{_described(value)}, and not {_shown(type_)}"
-        return self._size_reason(node.types)
-
-    def _size_reason(self, types: Sequence[TensorType | None]) -> str | None:
-        size = sum(map(_storage_bytes, types))
-        if size > self._limits.tensor_bytes:
-            return f"{size:,} bytes; at most {self._limits.tensor_bytes:,.0f} are taken"
-        return None
-
-    def _call_reason(self, node: Node, given: Sequence[TensorType | None]) -> str | None:
-        if any(type_ is None for type_ in given):
-            return "reads a value that is no tensor"
-        if (reason := self._size_reason([*given, *node.types])) is not None:
-            return reason
-        if (reason := _refusal(node, given)) is not None:
-            return reason
-        try:
-            result = self._called(node, given)
-        except Refused as error:
-            return f"{node.op}: {error}"
-        except Exception as error:  # whatever torch has against the arguments
-            text = printable(str(error).partition("\n")[0], _MOST_REASON)
-            return f"{node.op} cannot be called so: {type(error).__name__}: {text}"
-        return _result_reason(node, result)
-
-    def _called(self, node: Node, given: Sequence[TensorType | None]) -> tuple[Any, ...]:
-        """What the operator gives for tensors without elements."""
-        with silent(), torch.no_grad(), self._fakes:
-            rest = iter([_fake(type_) for type_ in given])
-            args = [_value(argument, rest) for argument in node.args]
-            kwargs = {key: _value(value, rest) for key, value in node.kwargs}
-            watch = Watch(self._limits)
-            with autocasting(node.autocast, _CPU), watch:
-                if node.op == "cgo.batch_norm":
-                    return _batch_norm(*args, **kwargs)
-                result = aten(node.op)(*args, **kwargs)  # type: ignore[misc]
-        return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+        return self._calls.size_reason(node.types)
 
     # --- outputs ------------------------------------------------------------------------------
 
@@ -245,6 +202,60 @@ class _Admission:
                 )
 
 
+class Calls:
+    """Whether operators can be called as nodes say, tried on tensors without elements."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._fakes = FakeTensorMode()
+        self._known: dict[object, str | None] = {}  # reasons, by what a call depends on
+
+    def reason(self, node: Node, given: Sequence[TensorType | None]) -> str | None:
+        """Why a node cannot be computed from values of these types, or None."""
+        refs: list[Ref] = []
+        arguments = argument_key(node.args, refs), argument_key(node.kwargs, refs)
+        key = (node.op, node.autocast, node.types, arguments, tuple(given))
+        if key not in self._known:
+            self._known[key] = self._call_reason(node, given)
+        return self._known[key]
+
+    def size_reason(self, types: Sequence[TensorType | None]) -> str | None:
+        """Why values of these types are too large together, or None."""
+        size = sum(map(_storage_bytes, types))
+        if size > self._limits.tensor_bytes:
+            return f"{size:,} bytes; at most {self._limits.tensor_bytes:,.0f} are taken"
+        return None
+
+    def _call_reason(self, node: Node, given: Sequence[TensorType | None]) -> str | None:
+        if any(type_ is None for type_ in given):
+            return "reads a value that is no tensor"
+        if (reason := self.size_reason([*given, *node.types])) is not None:
+            return reason
+        if (reason := refusal(node, given)) is not None:
+            return reason
+        try:
+            result = self._called(node, given)
+        except Refused as error:
+            return f"{node.op}: {error}"
+        except Exception as error:  # whatever torch has against the arguments
+            text = printable(str(error).partition("\n")[0], _MOST_REASON)
+            return f"{node.op} cannot be called so: {type(error).__name__}: {text}"
+        return _result_reason(node, result)
+
+    def _called(self, node: Node, given: Sequence[TensorType | None]) -> tuple[Any, ...]:
+        """What the operator gives for tensors without elements."""
+        with silent(), torch.no_grad(), self._fakes:
+            rest = iter([_fake(type_) for type_ in given])
+            args = [_value(argument, rest) for argument in node.args]
+            kwargs = {key: _value(value, rest) for key, value in node.kwargs}
+            watch = Watch(self._limits)
+            with autocasting(node.autocast, _CPU), watch:
+                if node.op == "cgo.batch_norm":
+                    return _batch_norm(*args, **kwargs)
+                result = aten(node.op)(*args, **kwargs)  # type: ignore[misc]
+        return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+
+
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
     """Keep torch's own account of a call that fails off the terminal: the reason tells it."""
@@ -257,93 +268,6 @@ def silent() -> Iterator[None]:
             yield
     finally:
         chatty.setLevel(level)
-
-
-def _refusal(node: Node, given: Sequence[TensorType | None]) -> str | None:
-    """What torch itself does not check before it does harm."""
-    return (
-        _list_reason(node)
-        or _symbol_reason(node)
-        or _window_reason(node)
-        or _reach_reason(node, given)
-    )
-
-
-def _list_reason(node: Node) -> str | None:
-    """Operators on lists of tensors look at the first one, whether there is one or not."""
-    overload = aten(node.op)
-    if overload is None:
-        return None
-    for argument, value in _arguments(overload, node):
-        if value == () and "List[Tensor]" in str(argument.type):
-            return f"{node.op}: no tensors in {argument.name}"
-    return None
-
-
-#: Kinds of our symbols by torch's types, which take any number and look it up without a check.
-_ENUMERATIONS = {"ScalarType": "dtype", "Layout": "layout", "MemoryFormat": "memory_format"}
-
-
-def _symbol_reason(node: Node) -> str | None:
-    """What is one of torch's constants is written as one."""
-    overload = aten(node.op)
-    if overload is None:
-        return None
-    for argument, value in _arguments(overload, node):
-        kind = _ENUMERATIONS.get(re.sub(r"Optional\[(.*)\]", r"\1", str(argument.real_type)))
-        if kind is None or value is None:
-            continue
-        if not isinstance(value, Symbol) or value.kind != kind:
-            return f"{node.op}: {argument.name} {value!r:.60} is no {kind}"
-    return None
-
-
-#: Arguments by which convolutions and pooling are known from other operators with strides.
-_WINDOWS = {"kernel_size", "padding", "dilation", "output_padding"}
-
-
-def _window_reason(node: Node) -> str | None:
-    """Kernels keep what lies between two positions in 32 bits; torch 2.9 divides by what is left.
-
-    More makes no difference: no tensor is so long.
-    """
-    overload = aten(node.op)
-    if overload is None or _WINDOWS.isdisjoint(item.name for item in overload._schema.arguments):
-        return None
-    for argument, value in _arguments(overload, node):
-        numbers = value if isinstance(value, tuple) else (value,)
-        if any(type(number) is int and abs(number) >= 2**31 for number in numbers):
-            return f"{node.op}: {argument.name} {value!r:.60} is beyond 32 bits"
-    return None
-
-
-def _arguments(overload: OpOverload, node: Node) -> Iterator[tuple[Any, Argument]]:
-    """What a node gives, each with its place in the schema."""
-    arguments = overload._schema.arguments
-    yield from zip(arguments, node.args)
-    keywords = {argument.name: argument for argument in arguments}
-    yield from ((keywords[key], value) for key, value in node.kwargs if key in keywords)
-
-
-def _reach_reason(node: Node, given: Sequence[TensorType | None]) -> str | None:
-    """What looks at memory by strides must look at its argument's: compiled code does not check."""
-    if not node.op.startswith("aten.as_strided"):
-        return None
-    named = named_arguments(node.op, node.args, dict(node.kwargs))
-    size, stride = named.get("size"), named.get("stride")
-    if not (_are_numbers(size) and _are_numbers(stride)):
-        return f"{node.op}: size {size!r:.60} and stride {stride!r:.60} are no lists of numbers"
-    start, first = named.get("storage_offset") or 0, given[0]
-    assert first is not None
-    if len(size) != len(stride) or min((*size, *stride, start), default=0) < 0:
-        return f"{node.op}: size {list(size)}, stride {list(stride)}, offset {start}"
-    reach = start + storage_elements(size, stride)
-    there = storage_elements(first.shape, first.stride)
-    return None if reach <= there else f"{node.op}: reaches over {reach:,} of {there:,} elements"
-
-
-def _are_numbers(value: Any) -> TypeGuard[tuple[int, ...]]:
-    return isinstance(value, tuple) and all(type(item) is int for item in value)
 
 
 def _storage_bytes(type_: TensorType | None) -> int:

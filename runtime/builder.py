@@ -228,8 +228,7 @@ class Builder:
         overload = aten(node.op)
         if overload is None:
             raise GraphError(f"%{node.name}: operator {node.op} has no kernel")
-        # A lane of a packed value is not always contiguous.
-        return _ANY_STRIDES.get(node.op, overload)  # type: ignore[no-any-return]
+        return STANDS_IN.get(node.op, overload)  # type: ignore[no-any-return]
 
     def _argument(self, argument: Argument) -> Any:
         if isinstance(argument, Ref):
@@ -251,9 +250,14 @@ def _leaves_images(node: Node) -> bool:
     return type_ is None or len(type_.shape) != IMAGES or node.op.startswith("aten.mean.")
 
 
-_ANY_STRIDES = {
+#: What is called in an operator's place.
+STANDS_IN = {
+    # A lane of a packed value is not always contiguous.
     "aten.view.default": torch.ops.aten.reshape.default,
     "aten._unsafe_view.default": torch.ops.aten.reshape.default,
+    # These give their argument itself, which then is no leaf any more and gets no gradient.
+    "aten.lift.default": torch.ops.aten.alias.default,
+    "aten.lift_fresh.default": torch.ops.aten.alias.default,
 }
 
 

@@ -617,6 +617,29 @@ def test_convolutions_and_windows_without_bound(made, documents, tmp_path):
     assert ended["b"]["error"].startswith(f"%{pool['name']}: aten.max_pool2d.default: kernel_size")
 
 
+def test_an_operator_that_gives_its_argument_itself(made, documents, tmp_path):
+    """`lift_fresh` of a parameter takes its gradient away in plain torch; here it is an alias."""
+    ended = {}
+    for op in ("aten.alias.default", "aten.lift_fresh.default", "aten.lift.default"):
+        document = copy.deepcopy(documents["points"])
+        linear = node_of(document, "aten.linear.default", "a")
+        linear.pop("group", None)
+        source = linear["args"][1]
+        kind = next(n for n in document["nodes"] if n["name"] == source["ref"][0])["types"]
+        name = f"{linear['name']}_lifted"
+        linear["args"][1] = {"ref": [name, 0]}
+        lifted = {"name": name, "op": op, "args": [source], "types": kind,
+                  "owners": linear["owners"]}  # fmt: skip
+        document["nodes"].insert(document["nodes"].index(linear), lifted)
+        folder = tmp_path / op
+        ended[op] = trained(document, made[1] / "points", folder)["a"]
+        assert ended[op]["success"], ended[op]["error"]
+        ended[op] = weights.load(folder / ended[op]["weights"])
+    first, *others = ended.values()
+    for other in others:
+        assert all(torch.equal(other[path], value) for path, value in first.items())
+
+
 def test_what_kernels_would_cut_to_32_bits(made, documents, tmp_path):
     """torch 2.9 ends the process here: it divides by a dilation of which nothing is left."""
     document = documents["images"]

@@ -6,6 +6,7 @@ backward, wherever the checks at the door let it through.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from random import Random
 from typing import Any
 
@@ -14,8 +15,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cgo.dtypes import DTYPES
+from cgo.graph import Node, Ref, Symbol, TensorType, inputs_of
 from cgo.operators import aten
 from cgo.runtime.admission import silent
+from cgo.runtime.operators import symbol_value
+from cgo.runtime.unchecked import refusal
 from cgo.runtime.watching import Limits, Refused, Watch
 from cgo.wire import decode_argument
 
@@ -84,29 +88,52 @@ def drawn_call(op: str, dice: Random, values: list[Any]) -> tuple[list[Any], dic
     return args, kwargs
 
 
-def types_of(op: str, args: Any, kwargs: Any, nodes: dict[str, Any]) -> list[Any] | None:
-    """What torch says that a call gives, as a document's types; None where it refuses it.
+def call_of(op: str, args: list[Any], kwargs: dict[str, Any], types: Any = ()) -> Node:
+    """The node that a document says so."""
+    named = tuple((key, decode_argument(value)) for key, value in sorted(kwargs.items()))
+    made = tuple(
+        None if type_ is None else TensorType(type_["dtype"], tuple(type_["shape"]))
+        for type_ in types
+    )
+    return Node("drawn", op, decode_argument(args), named, made, frozenset({"a"}))
 
-    A call that has to be refused gets some type: torch takes it, if it ever ends.
-    """
+
+def types_read(node: Node, types: Mapping[Any, Any]) -> list[TensorType]:
+    """Types of what it reads, in order, by what documents say of (node, index)."""
+    return [
+        TensorType(types[ref.name, ref.index]["dtype"], tuple(types[ref.name, ref.index]["shape"]))
+        for ref in inputs_of(node)
+    ]
+
+
+def torch_arguments(node: Node, tensors: Iterator[Tensor]) -> tuple[list[Any], dict[str, Any]]:
+    """Its arguments as torch takes them, with tensors for its references in order."""
 
     def real(value: Any) -> Any:
-        if isinstance(value, list):
+        if isinstance(value, tuple):
             return [real(item) for item in value]
-        if isinstance(value, dict) and "ref" in value:
-            name, index = value["ref"]
-            type_ = nodes[name]["types"][index]
-            return torch.empty(type_["shape"], dtype=getattr(torch, type_["dtype"]))
-        if isinstance(value, dict):
-            found = decode_argument(value)
-            return torch.device("cpu") if found.kind == "device" else getattr(torch, found.value)
-        return value
+        if isinstance(value, Symbol):
+            return symbol_value(value, torch.device("cpu"))
+        return next(tensors) if isinstance(value, Ref) else value
 
+    return [real(value) for value in node.args], {key: real(value) for key, value in node.kwargs}
+
+
+#: Types of a call that has to be refused: what torch says of it may take for ever, or end it all.
+_ANY = [{"dtype": "float32", "shape": []}]
+
+
+def types_of(node: Node, given: Sequence[TensorType]) -> list[Any] | None:
+    """What torch says that a call gives, as a document's types; None where it refuses it."""
+    if refusal(node, given) is not None:
+        return _ANY
     try:
         with silent(), torch.no_grad(), FakeTensorMode(), Watch(Limits()):
-            result = aten(op)(*map(real, args), **{k: real(v) for k, v in kwargs.items()})
+            read = [torch.empty(t.shape, dtype=getattr(torch, t.dtype)) for t in given]
+            args, kwargs = torch_arguments(node, iter(read))
+            result = aten(node.op)(*args, **kwargs)
     except Refused:
-        return [{"dtype": "float32", "shape": []}]
+        return _ANY
     except Exception:
         return None
     several = result if isinstance(result, (list, tuple)) else [result]
@@ -132,12 +159,14 @@ def insert_call(document: Any, dice: Random, operators: list[str], tries: int = 
         for index, type_ in enumerate(node["types"])
         if type_ is not None and (node["name"].count("/") < 2 or f"/{program}/" in node["name"])
     ]
+    shapes = {(name, index): nodes[name]["types"][index] for name, index in values}
     for _ in range(tries):
         op = dice.choice(operators)
         if aten(op) is None:
             continue
         args, kwargs = drawn_call(op, dice, values)
-        types = types_of(op, args, kwargs, nodes)
+        node = call_of(op, args, kwargs)
+        types = types_of(node, types_read(node, shapes))
         if types is None or not types or types[0] is None:
             continue
         index = dice.choice([i for i, type_ in enumerate(types) if type_ is not None])
