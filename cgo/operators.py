@@ -95,13 +95,12 @@ _INTERNAL = frozenset(
     _upsample_nearest_exact3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa
     _upsample_lanczos2d_aa _unsafe_view _reshape_alias _reshape_copy _pad_circular _pad_enum
     _to_copy _conj _conj_copy _conj_physical _neg_view _neg_view_copy _aminmax
-    _logcumsumexp _shape_as_tensor _dim_arange _unsafe_index _unsafe_index_put
-    _unsafe_masked_index _ctc_loss _fft_c2c _fft_c2r _fft_r2c _linalg_det _linalg_eigh
-    _linalg_slogdet _linalg_solve_ex _linalg_svd _lu_with_info
+    _logcumsumexp _shape_as_tensor _dim_arange _ctc_loss _fft_c2c _fft_c2r _fft_r2c _linalg_det
+    _linalg_eigh _linalg_slogdet _linalg_solve_ex _linalg_svd _lu_with_info
     _scaled_dot_product_attention_math _scaled_dot_product_flash_attention_for_cpu
-    _scaled_dot_product_efficient_attention _scaled_dot_product_flash_attention
-    _cast_Byte _cast_Char _cast_Double _cast_Float _cast_Half _cast_Int _cast_Long _cast_Short
-    _add_relu _fused_rms_norm _is_all_true _is_any_true _lazy_clone
+    _scaled_dot_product_efficient_attention _scaled_dot_product_flash_attention _cast_Byte
+    _cast_Char _cast_Double _cast_Float _cast_Half _cast_Int _cast_Long _cast_Short _add_relu
+    _fused_rms_norm _is_all_true _is_any_true _lazy_clone
     """.split()  # noqa: SIM905
 )
 
@@ -112,7 +111,7 @@ _REFUSED = re.compile(
     r"|from_file|resize|resize_as.*|set|int_repr|dequantize|segment_reduce|choose_qparams.*"
     r"|hspmm|sspaddmm|smm|pin_memory|data|(c?col_|c?row_)?indices(_copy)?|values(_copy)?|coalesce"
     r"|batch_norm_.*|get_gradients|hash_tensor|convolution_overrideable|thnn_.*"
-    r"|slow_conv.*|.*dense_tensors"
+    r"|slow_conv.*|conv_depthwise3d|.*dense_tensors"
 )
 
 

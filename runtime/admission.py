@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -202,12 +203,24 @@ class _Admission:
                 )
 
 
+#: Operators whose results torch finds only by running them, on zeros; none makes more than it is
+#: given, by the rules of `cgo.runtime.unchecked`. Others without a shape function are refused.
+RUN_FOR_SHAPES = re.compile(
+    r"aten\.(fake_quantize_\w+|histogram|histogramdd|geqrf|native_norm|glu_jvp|_add_relu|_aminmax"
+    r"|_logcumsumexp|_masked_softmax)\.\w+"
+)
+
+
+def shapes_only(op: str) -> FakeTensorMode:
+    """Tensors without elements, to call an operator on."""
+    return FakeTensorMode(allow_fallback_kernels=RUN_FOR_SHAPES.fullmatch(op) is not None)
+
+
 class Calls:
     """Whether operators can be called as nodes say, tried on tensors without elements."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._fakes = FakeTensorMode()
         self._known: dict[object, str | None] = {}  # reasons, by what a call depends on
 
     def reason(self, node: Node, given: Sequence[TensorType | None]) -> str | None:
@@ -244,7 +257,7 @@ class Calls:
 
     def _called(self, node: Node, given: Sequence[TensorType | None]) -> tuple[Any, ...]:
         """What the operator gives for tensors without elements."""
-        with silent(), torch.no_grad(), self._fakes:
+        with silent(), torch.no_grad(), shapes_only(node.op):
             rest = iter([_fake(type_) for type_ in given])
             args = [_value(argument, rest) for argument in node.args]
             kwargs = {key: _value(value, rest) for key, value in node.kwargs}

@@ -7,6 +7,7 @@ then ends the process or fills it. They were found by calling each operator with
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeGuard
@@ -43,6 +44,9 @@ def _arguments(overload: OpOverload, node: Node) -> Iterator[tuple[Any, Argument
     keywords = {argument.name: argument for argument in arguments}
     yield from ((keywords[key], value) for key, value in node.kwargs if key in keywords)
 
+
+#: Places of a histogram.
+_MOST_BINS = 2**24
 
 Rule = Callable[[Node, Arguments, Sequence[TensorType | None]], Iterator[str]]
 
@@ -93,6 +97,20 @@ def _many_parts(node: Node, arguments: Arguments, given: Sequence[Any]) -> Itera
     for argument, value in arguments:
         if argument.name in _COUNTS and type(value) is int and value > MOST_OUTPUTS:
             yield f"{argument.name} {value:,}; at most {MOST_OUTPUTS:,} are taken"
+
+
+def _many_bins(node: Node, arguments: Arguments, given: Sequence[Any]) -> Iterator[str]:
+    """Histograms have one place for each combination of bins, which no shape function counts."""
+    bins = next((value for argument, value in arguments if argument.name == "bins"), None)
+    if not node.op.startswith("aten.histogram") or not given or not given[0].shape:
+        return
+    each = bins if isinstance(bins, tuple) else (bins,)
+    if not _are_numbers(each) or min(each, default=1) < 1:
+        return  # tensors of edges, or torch's to refuse
+    several = node.op == "aten.histogramdd.int_bins"
+    dimensions = given[0].shape[-1] if several else 1
+    if dimensions * sum(map(math.log2, each)) > math.log2(_MOST_BINS):
+        yield f"bins {bins!r:.60}; at most {_MOST_BINS:,} are taken in all"
 
 
 def _vanishing_steps(node: Node, arguments: Arguments, given: Sequence[Any]) -> Iterator[str]:
@@ -148,6 +166,6 @@ def _are_numbers(value: Any) -> TypeGuard[tuple[int, ...]]:
 
 
 _RULES: tuple[Rule, ...] = (
-    _empty_lists, _numbers_for_symbols, _wide_windows, _many_parts, _vanishing_steps,
+    _empty_lists, _numbers_for_symbols, _wide_windows, _many_parts, _many_bins, _vanishing_steps,
     _fourier_dimensions, _empty_norms, _far_strides,
 )  # fmt: skip

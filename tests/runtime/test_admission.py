@@ -7,9 +7,9 @@ import torch
 from support import hostile
 
 from cgo.errors import GraphDataError
-from cgo.graph import Ref, TensorType, prune
+from cgo.graph import Node, Ref, TensorType, prune
 from cgo.graph_data import GraphData
-from cgo.runtime.admission import admit
+from cgo.runtime.admission import Calls, admit
 from cgo.runtime.watching import Limits
 
 ENOUGH = Limits.of_memory(2**34)
@@ -193,3 +193,18 @@ def test_strides_stay_inside(args, message, families):
     first = said.startswith(f"%{node.name}: aten.as_strided.default: ")
     assert first is (message is not None)
     assert message is None or message in said
+
+
+def test_operators_without_a_shape_function_are_run_only_where_that_is_safe():
+    def reason(op, *args, types):
+        node = Node("n", op, args, (), types, frozenset({"a"}))
+        return Calls(ENOUGH).reason(node, [x] * args.count(Ref("x", 0)))
+
+    x = TensorType("float32", (1, 1, 4, 4, 4))
+    value = Ref("x", 0)
+    quantize = "aten.fake_quantize_per_tensor_affine.default"
+    assert reason(quantize, value, 0.1, 0, -128, 127, types=(x,)) is None
+    ends = (TensorType("float32", (5,)), TensorType("float32", (6,)))
+    assert reason("aten.histogram.bin_ct", value, 5, types=ends) is None
+    padded = ("aten.conv_depthwise3d.default", value, value, (4,) * 3, None, (1,) * 3)
+    assert "UnsupportedOperator" in reason(*padded, (2**12,) * 3, (1,) * 3, types=(x,))

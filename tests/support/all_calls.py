@@ -2,14 +2,15 @@
 
     PYTHONPATH=tests python -m support.all_calls 100 0 2     100 calls each, of every second one
 
-What is admitted is run, forward and backward. Told is each operator that ends its process, writes
-what it reads, or makes a leaf none; the exit status says whether there was one.
+What is admitted is run, forward and backward. Told is each operator that ends its process, fills
+its memory, writes what it reads, or makes a leaf none; the exit status says whether there was one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -36,9 +37,9 @@ TYPES = {
     (f"n{index}", 0): {"dtype": dtype, "shape": shape}
     for index, (dtype, shape) in enumerate([*(("float32", shape) for shape in SHAPES), *OTHERS])
 }
-#: Seconds for the calls of one operator.
-PATIENCE_S = 300
-CALLS = Calls(Limits.of_memory(2**30))
+#: Seconds for the calls of one operator, and what its process may grow to.
+PATIENCE_S, MOST_BYTES = 300, 2**33
+CALLS = Calls(Limits.of_memory(2**29))
 
 
 def value(type_: TensorType, dice: Random) -> Tensor:
@@ -70,6 +71,8 @@ def run(node: Node, read: list[Tensor]) -> str | None:
         result = STANDS_IN.get(node.op, aten(node.op))(*args, **kwargs)
         several = result if isinstance(result, (list, tuple)) else [result]
         torch.autograd.backward([x.abs().sum() for x in several if x.requires_grad])
+    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > MOST_BYTES:
+        return "takes memory that its types do not show"
     if any(tensor._version for tensor in read):
         return "writes what it reads"
     return None if all(tensor.is_leaf for tensor in learning) else "makes a leaf none"
@@ -80,6 +83,7 @@ def in_a_child(op: str, count: int, log: Path) -> bool:
     child = os.fork()
     if child == 0:
         signal.alarm(PATIENCE_S)
+        resource.setrlimit(resource.RLIMIT_AS, (2 * MOST_BYTES, 2 * MOST_BYTES))
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         found = (call(op, Random(f"{op}{index}"), log) for index in range(count))
         wrong = next((wrong for wrong in found if wrong is not None), None)

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cgo.dtypes import DTYPES
 from cgo.graph import Node, Ref, Symbol, TensorType, inputs_of
 from cgo.operators import aten
-from cgo.runtime.admission import silent
+from cgo.runtime.admission import shapes_only, silent
 from cgo.runtime.operators import symbol_value
 from cgo.runtime.unchecked import refusal
 from cgo.runtime.watching import Limits, Refused, Watch
@@ -128,7 +127,7 @@ def types_of(node: Node, given: Sequence[TensorType]) -> list[Any] | None:
     if refusal(node, given) is not None:
         return _ANY
     try:
-        with silent(), torch.no_grad(), FakeTensorMode(), Watch(Limits()):
+        with silent(), torch.no_grad(), shapes_only(node.op), Watch(Limits()):
             read = [torch.empty(t.shape, dtype=getattr(torch, t.dtype)) for t in given]
             args, kwargs = torch_arguments(node, iter(read))
             result = aten(node.op)(*args, **kwargs)
