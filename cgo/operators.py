@@ -48,7 +48,7 @@ def known(op: str) -> bool:
     """Whether a graph may contain `op`: one of ours, or a functional ATen operator on tensors.
 
     Refused are operators that write their arguments, that give no tensor, that reach beyond
-    tensors (`from_file`), that are kernels of one backend or of quantised, sparse and nested
+    tensors (`from_file`), that are kernels of one backend or of quantised, sparse, nested and named
     tensors, and ATen's internal ones but for those that captured graphs have: what they are called
     with is not checked by anybody, and some end the process.
     """
@@ -57,10 +57,13 @@ def known(op: str) -> bool:
     overload = aten(op)
     if overload is None or overload._schema.is_mutable:
         return False
-    return _plain_name(op.split(".")[1]) and _on_tensors(overload)
+    _, name, variant = op.split(".")
+    return _plain_name(name, variant) and _on_tensors(overload)
 
 
-def _plain_name(name: str) -> bool:
+def _plain_name(name: str, variant: str) -> bool:
+    if "dimname" in variant.lower():
+        return False
     if name.startswith("_"):
         return name in _INTERNAL
     return not _REFUSED.fullmatch(name)
@@ -80,8 +83,8 @@ def _on_tensors(overload: Any) -> bool:
 
 
 _ARGUMENT = re.compile(
-    r"(Optional\[)?(List\[)?(Optional\[)?(Tensor|int|bool|float|number|str|Device)\]*"
-    r"|Optional\[Generator\]"
+    r"(Optional\[)?(List\[)?(Optional\[)?(Tensor|int|bool|float|number|Device)\]*"
+    r"|str|Optional\[(str|Generator)\]"
 )
 
 #: Of ATen's internal operators, those that captured graphs have.
