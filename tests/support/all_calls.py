@@ -82,6 +82,7 @@ def in_a_child(op: str, count: int, log: Path) -> bool:
     """Whether something is wrong with an operator; prints what."""
     child = os.fork()
     if child == 0:
+        torch.set_num_threads(1)  # not before: a pool of threads does not outlive a fork
         signal.alarm(PATIENCE_S)
         resource.setrlimit(resource.RLIMIT_AS, (2 * MOST_BYTES, 2 * MOST_BYTES))
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -99,7 +100,6 @@ def in_a_child(op: str, count: int, log: Path) -> bool:
 
 
 def main(count: int, part: int, parts: int) -> bool:
-    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     log = Path(tempfile.mkdtemp()) / "call"
     return any([in_a_child(op, count, log) for op in operators()[part::parts]])
