@@ -99,6 +99,13 @@ def _many_parts(node: Node, arguments: Arguments, given: Sequence[Any]) -> Itera
             yield f"{argument.name} {value:,}; at most {MOST_OUTPUTS:,} are taken"
 
 
+def _no_groups(node: Node, arguments: Arguments, given: Sequence[Any]) -> Iterator[str]:
+    """Shuffles of channels divide by the number of groups, up to torch 2.11 before a look at it."""
+    for argument, value in arguments:
+        if argument.name == "groups" and type(value) is int and value < 1:
+            yield f"groups {value}"
+
+
 def _many_bins(node: Node, arguments: Arguments, given: Sequence[Any]) -> Iterator[str]:
     """Histograms have one place for each combination of bins, which no shape function counts."""
     bins = next((value for argument, value in arguments if argument.name == "bins"), None)
@@ -166,6 +173,6 @@ def _are_numbers(value: Any) -> TypeGuard[tuple[int, ...]]:
 
 
 _RULES: tuple[Rule, ...] = (
-    _empty_lists, _numbers_for_symbols, _wide_windows, _many_parts, _many_bins, _vanishing_steps,
+    _empty_lists, _numbers_for_symbols, _wide_windows, _many_parts, _many_bins, _no_groups, _vanishing_steps,
     _fourier_dimensions, _empty_norms, _far_strides,
 )  # fmt: skip
