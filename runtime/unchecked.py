@@ -89,13 +89,15 @@ def _wide_windows(node: Node, arguments: Arguments, given: Sequence[Any]) -> Ite
             yield f"{argument.name} {value!r:.60} is beyond 32 bits"
 
 
-#: Arguments of which as many tensors are made, before a single one is looked at.
+#: Arguments of which as many tensors, or times their elements, are made before a look at them.
 _COUNTS = {"sections", "chunks", "r"}
+_GAMMA = re.compile(r"aten\.(mvlgamma|special_multigammaln)\.\w+")
 
 
 def _many_parts(node: Node, arguments: Arguments, given: Sequence[Any]) -> Iterator[str]:
+    counts = {"p"} if _GAMMA.fullmatch(node.op) else _COUNTS
     for argument, value in arguments:
-        if argument.name in _COUNTS and type(value) is int and value > MOST_OUTPUTS:
+        if argument.name in counts and type(value) is int and value > MOST_OUTPUTS:
             yield f"{argument.name} {value:,}; at most {MOST_OUTPUTS:,} are taken"
 
 
@@ -173,6 +175,6 @@ def _are_numbers(value: Any) -> TypeGuard[tuple[int, ...]]:
 
 
 _RULES: tuple[Rule, ...] = (
-    _empty_lists, _numbers_for_symbols, _wide_windows, _many_parts, _many_bins, _no_groups, _vanishing_steps,
-    _fourier_dimensions, _empty_norms, _far_strides,
+    _empty_lists, _numbers_for_symbols, _wide_windows, _many_parts, _many_bins, _no_groups,
+    _vanishing_steps, _fourier_dimensions, _empty_norms, _far_strides,
 )  # fmt: skip

@@ -31,6 +31,7 @@ def refused(op, *args, shape=(4, 3), reads=1, **kwargs):
         ("aten.tensor_split.sections", (X, BIG), "sections 2,147,483,648; at most 65,536"),
         ("aten.combinations.default", (X, BIG), "r 2,147,483,648; at most 65,536"),
         ("aten.native_channel_shuffle.default", (X, 0), "groups 0"),
+        ("aten.special_multigammaln.default", (X, BIG), "p 2,147,483,648; at most 65,536"),
         ("aten.histogram.bin_ct", (X, BIG), "bins 2147483648; at most 16,777,216"),
         ("aten.histogramdd.int_bins", (X, 300), "bins 300; at most 16,777,216"),
         ("aten.histogramdd.default", (X, (300, 300, 300)), "bins (300, 300, 300); at most"),
