@@ -1,9 +1,7 @@
 """Layouts by cost: own costs against conversions and copies."""
 
-from itertools import product
-
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cgo.graph import Graph, Node, Output, Ref, TensorType
@@ -91,7 +89,10 @@ SECONDS = st.floats(0.1, 5)
     own=st.lists(st.tuples(SECONDS, SECONDS, SECONDS), min_size=4, max_size=4),
     costs=st.tuples(SECONDS, SECONDS, SECONDS),
 )
-def test_the_result_is_a_local_optimum_and_near_the_best(own, costs):
+@example(  # a descent that ends at 10, where 6 would be the best
+    own=[(1.0, 1.0, 1.0), (3.0, 1.0, 2.0), (3.0, 2.0, 1.0), (3.0, 1.0, 1.0)], costs=(4.0, 1.0, 1.0)
+)
+def test_the_result_is_a_local_optimum_as_good_as_its_beginnings(own, costs):
     graph = chain("a", "b a", "c a b", "d c")
     given_options = {
         name: options(lanes=a, stacked=b, channels=c) for name, (a, b, c) in zip("abcd", own)
@@ -103,9 +104,13 @@ def test_the_result_is_a_local_optimum_and_near_the_best(own, costs):
         for other in others:
             changed = {**found.options, name: other}
             assert total(graph, given_options, moving, changed) >= found.seconds - 1e-9
-    every = [dict(zip("abcd", choice)) for choice in product(*given_options.values())]
-    best = min(total(graph, given_options, moving, choice) for choice in every)
-    assert found.seconds <= 1.5 * best
+    for begin in (
+        lambda option: option.seconds,
+        lambda option: (option.layout != LANES, option.seconds),
+        lambda option: (option.layout == LANES, option.seconds),
+    ):
+        first = {name: min(others, key=begin) for name, others in given_options.items()}
+        assert total(graph, given_options, moving, first) >= found.seconds - 1e-9
 
 
 def total(graph, given_options, moving, chosen):
