@@ -127,14 +127,8 @@ def draws(overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool
 
     if torch.Tag.nondeterministic_seeded not in overload.tags:
         return False
-    arguments = overload._schema.arguments
-    given = dict(zip((argument.name for argument in arguments), args)) | dict(kwargs)
-    chances = [
-        given.get(argument.name, argument.default_value)
-        for argument in arguments
-        if argument.name in ("dropout_p", "dropout")
-    ]
-    return chances[:1] != [0]
+    named = named_arguments(str(overload), args, kwargs)
+    return bool(named.get("dropout_p", named.get("dropout")) != 0)
 
 
 #: Argument names of our own operators.
