@@ -205,15 +205,10 @@ class _Admission:
 
 #: Operators whose results torch finds only by running them, on zeros; none makes more than it is
 #: given, by the rules of `cgo.runtime.unchecked`. Others without a shape function are refused.
-RUN_FOR_SHAPES = re.compile(
+_RUN_FOR_SHAPES = re.compile(
     r"aten\.(fake_quantize_\w+|histogram|histogramdd|geqrf|native_norm|glu_jvp|_add_relu|_aminmax"
     r"|_logcumsumexp|_masked_softmax)\.\w+"
 )
-
-
-def shapes_only(op: str) -> FakeTensorMode:
-    """Tensors without elements, to call an operator on."""
-    return FakeTensorMode(allow_fallback_kernels=RUN_FOR_SHAPES.fullmatch(op) is not None)
 
 
 class Calls:
@@ -221,6 +216,10 @@ class Calls:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
+        # Made once: making one takes longer than most calls.
+        self._fakes, self._running = (
+            FakeTensorMode(allow_fallback_kernels=run) for run in (False, True)
+        )
         self._known: dict[object, str | None] = {}  # reasons, by what a call depends on
 
     def reason(self, node: Node, given: Sequence[TensorType | None]) -> str | None:
@@ -244,10 +243,10 @@ class Calls:
             return "reads a value that is no tensor"
         if (reason := self.size_reason([*given, *node.types])) is not None:
             return reason
-        if (reason := refusal(node, given)) is not None:
-            return reason
         try:
-            result = self._called(node, given)
+            if (reason := refusal(node, given)) is not None:
+                return reason
+            result = self.results(node, given)
         except Refused as error:
             return f"{node.op}: {error}"
         except Exception as error:  # whatever torch has against the arguments
@@ -255,12 +254,15 @@ class Calls:
             return f"{node.op} cannot be called so: {type(error).__name__}: {text}"
         return _result_reason(node, result)
 
-    def _called(self, node: Node, given: Sequence[TensorType | None]) -> tuple[Any, ...]:
-        """What the operator gives for tensors without elements."""
-        with silent(), torch.no_grad(), shapes_only(node.op):
-            rest = iter([_fake(type_) for type_ in given])
-            args = [_value(argument, rest) for argument in node.args]
-            kwargs = {key: _value(value, rest) for key, value in node.kwargs}
+    def results(self, node: Node, given: Sequence[TensorType | None]) -> tuple[Any, ...]:
+        """What the operator gives for tensors without elements; raises what torch does.
+
+        Raises:
+            Refused: it would take more than the limits, or draw random numbers.
+        """
+        fakes = self._running if _RUN_FOR_SHAPES.fullmatch(node.op) else self._fakes
+        with silent(), torch.no_grad(), fakes:
+            args, kwargs = torch_arguments(node, [_fake(type_) for type_ in given])
             watch = Watch(self._limits)
             with autocasting(node.autocast, _CPU), watch:
                 if node.op == "cgo.batch_norm":
@@ -295,6 +297,13 @@ def _fake(type_: TensorType | None) -> Tensor:
     if type_.stride is None:
         return torch.empty(type_.shape, dtype=dtype)
     return torch.empty_strided(type_.shape, type_.stride, dtype=dtype)
+
+
+def torch_arguments(node: Node, read: Sequence[Tensor]) -> tuple[list[Any], dict[str, Any]]:
+    """A node's arguments as torch takes them, with `read` for its references in order."""
+    rest = iter(read)
+    args = [_value(argument, rest) for argument in node.args]
+    return args, {key: _value(value, rest) for key, value in node.kwargs}
 
 
 def _value(argument: Argument, rest: Iterator[Tensor]) -> Any:

@@ -128,7 +128,8 @@ def _vanishing_steps(node: Node, arguments: Arguments, given: Sequence[Any]) -> 
     step, dtype = named.get("step", 1), named.get("dtype")
     if not node.op.startswith("aten.range.") or not isinstance(dtype, Symbol):
         return
-    if not torch_dtype(dtype.value).is_floating_point and abs(step) < 1:  # type: ignore[operator, arg-type]
+    whole = not torch_dtype(dtype.value).is_floating_point
+    if whole and isinstance(step, (int, float)) and abs(step) < 1:
         yield f"step {step} is none in {dtype.value}"
 
 

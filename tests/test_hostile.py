@@ -497,6 +497,19 @@ CALLS = {
     "memory_format 7 is no": {"op": "aten.clone.default", "kwargs": {"memory_format": 7}},
     "layout -1 is no layout": {"op": "aten.zeros_like.default", "kwargs": {"layout": -1}},
     "process's random stream": {"op": "aten.random.from", "more": [0, 5]},
+    "_fft_r2c.default cannot be called so": {
+        "op": "aten._fft_r2c.default",
+        "args": [1, [0], 0, True],
+    },
+    "range.step cannot be called so": {
+        "op": "aten.range.step",
+        "args": [0, 5, "x"],
+        "kwargs": {"dtype": {"symbol": ["dtype", "int8"]}},
+    },
+    "as_strided.default cannot be called so": {
+        "op": "aten.as_strided.default",
+        "more": [[1], [1], "x"],
+    },
     "draws from the process": {"op": "aten.dropout.default", "more": [0.5, True]},
 }
 

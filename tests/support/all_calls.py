@@ -19,14 +19,14 @@ from pathlib import Path
 from random import Random
 
 import torch
-from support.calls_drawn import call_of, drawn_call, torch_arguments, types_of, types_read
+from support.calls_drawn import call_of, drawn_call, types_of, types_read
 from test_fuzz import operators
 from torch import Tensor
 
 from cgo.dtypes import torch_dtype
 from cgo.graph import Node, TensorType
 from cgo.operators import aten
-from cgo.runtime.admission import Calls
+from cgo.runtime.admission import Calls, torch_arguments
 from cgo.runtime.builder import STANDS_IN
 from cgo.runtime.watching import Limits
 
@@ -66,7 +66,7 @@ def call(op: str, dice: Random, log: Path) -> str | None:
 
 def run(node: Node, read: list[Tensor]) -> str | None:
     learning = [tensor for tensor in read if tensor.requires_grad]
-    args, kwargs = torch_arguments(node, iter(read))
+    args, kwargs = torch_arguments(node, read)
     with contextlib.suppress(Exception):  # an error is the model's own failure
         result = STANDS_IN.get(node.op, aten(node.op))(*args, **kwargs)
         several = result if isinstance(result, (list, tuple)) else [result]

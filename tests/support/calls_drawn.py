@@ -6,20 +6,18 @@ backward, wherever the checks at the door let it through.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cgo.dtypes import DTYPES
-from cgo.graph import Node, Ref, Symbol, TensorType, inputs_of
+from cgo.graph import Node, TensorType, inputs_of
 from cgo.operators import aten
-from cgo.runtime.admission import shapes_only, silent
-from cgo.runtime.operators import symbol_value
+from cgo.runtime.admission import Calls
 from cgo.runtime.unchecked import refusal
-from cgo.runtime.watching import Limits, Refused, Watch
+from cgo.runtime.watching import Limits, Refused
 from cgo.wire import decode_argument
 
 SMALL = [-2, -1, 0, 1, 1, 2, 2, 3, 4, 5]
@@ -105,21 +103,9 @@ def types_read(node: Node, types: Mapping[Any, Any]) -> list[TensorType]:
     ]
 
 
-def torch_arguments(node: Node, tensors: Iterator[Tensor]) -> tuple[list[Any], dict[str, Any]]:
-    """Its arguments as torch takes them, with tensors for its references in order."""
-
-    def real(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return [real(item) for item in value]
-        if isinstance(value, Symbol):
-            return symbol_value(value, torch.device("cpu"))
-        return next(tensors) if isinstance(value, Ref) else value
-
-    return [real(value) for value in node.args], {key: real(value) for key, value in node.kwargs}
-
-
 #: Types of a call that has to be refused: what torch says of it may take for ever, or end it all.
 _ANY = [{"dtype": "float32", "shape": []}]
+CALLS = Calls(Limits())
 
 
 def types_of(node: Node, given: Sequence[TensorType]) -> list[Any] | None:
@@ -127,15 +113,11 @@ def types_of(node: Node, given: Sequence[TensorType]) -> list[Any] | None:
     if refusal(node, given) is not None:
         return _ANY
     try:
-        with silent(), torch.no_grad(), shapes_only(node.op), Watch(Limits()):
-            read = [torch.empty(t.shape, dtype=getattr(torch, t.dtype)) for t in given]
-            args, kwargs = torch_arguments(node, iter(read))
-            result = aten(node.op)(*args, **kwargs)
+        several = CALLS.results(node, given)
     except Refused:
         return _ANY
     except Exception:
         return None
-    several = result if isinstance(result, (list, tuple)) else [result]
     return [
         {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
         if isinstance(value, Tensor)
