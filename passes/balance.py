@@ -223,6 +223,7 @@ def _bisect(sizes: Sizes, order: Sequence[Ints], bound_s: float) -> list[Plan]:
     while len(plans) < _LIMITS and high > low * _CLOSE:
         plan = _filled(sizes, order, limit)
         _even_out(plan, bound_s)
+        _take_in(plan)
         plans.append(plan)
         makespan = float(plan.loads().max())
         high = min(high, makespan)
@@ -287,6 +288,15 @@ def _put(plan: Plan, loads: Floats, items: Ints, limit_s: float) -> bool:
     for item in items:
         plan.put(int(item), int(to))
     return True
+
+
+def _take_in(plan: Plan) -> None:
+    """Place what found no room while the plan was filled, where moves have made some since."""
+    if plan.left_out():
+        loads = plan.loads()
+        for item, bin_ in enumerate(plan.where()):
+            if bin_ is None:
+                _put(plan, loads, np.array([item]), math.inf)
 
 
 #: Moves and exchanges made in one plan, and candidates looked at for each.

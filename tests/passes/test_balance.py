@@ -4,7 +4,7 @@ import math
 from itertools import product
 
 import hypothesis.strategies as st
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 from cgo.passes.balance import Bin, Item, Share, pack
 
@@ -73,8 +73,19 @@ def problems(draw, bins=BINS):
     return items, shares, draw(bins)
 
 
+ABC = frozenset("abc")
+#: The first item finds room only after others have been moved off the second bin.
+MADE_ROOM = (
+    [Item(1.0, 0, 51), Item(14.0, 1, 0), Item(1.0, 0, 0, (), ABC), Item(1.0, 0, 0, (), ABC),
+     Item(11.0, 57, 0, (), ABC), Item(13.0, 0, 0, (), ABC)],
+    [],
+    [Bin(1.0, 50), Bin(1.0, 51), Bin(2.0, 101)],
+)  # fmt: skip
+
+
 @settings(max_examples=150, deadline=None, print_blob=True)
 @given(problems())
+@example(MADE_ROOM)
 def test_memory_is_never_exceeded_and_only_what_finds_no_room_is_left_out(problem):
     items, shares, bins = problem
     where = pack(items, shares, bins, bound(items, shares, bins))
