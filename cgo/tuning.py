@@ -43,6 +43,9 @@ class Tuning:
         capture: Capture whole training steps, optimizers included, and replay them: as CUDA graphs,
             with what can overlap on several streams. None: on a GPU, where enough steps are
             planned. True on a CPU writes the calls down and calls them again: for tests, no faster.
+        kernels: Kernels of our own, in Triton. None: on a GPU where Triton is, wherever they are
+            faster by measurement. True: by Triton's interpreter on a CPU, too, which is for tests.
+            False: nowhere.
         tf32: Whether CUDA may compute float32 products and convolutions in TF32, with a mantissa
             of 10 bits, while the trial trains. None: as torch is set, which is convolutions only.
         memory_bytes: Of each device, for what training takes on top of parameters and buffers:
@@ -75,6 +78,7 @@ class Tuning:
     tape: bool | None = None
     compile: bool | Literal["inductor"] | None = None
     capture: bool | None = None
+    kernels: bool | None = None
     tf32: bool | None = None
     memory_bytes: int | None = None
     store_stems: bool | None = None
