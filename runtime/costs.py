@@ -18,7 +18,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -82,10 +82,18 @@ class CostTable:
         path: An SQLite file, made if missing; None keeps measurements in memory.
         device: What costs are of.
         shipped: Begin with the costs that ship with the package.
+        key: Of a device that is not there; default is that of `device`.
     """
 
-    def __init__(self, path: Path | None, device: torch.device, *, shipped: bool = True) -> None:
-        self.key = device_key(device)
+    def __init__(
+        self,
+        path: Path | None,
+        device: torch.device,
+        *,
+        shipped: bool = True,
+        key: str | None = None,
+    ) -> None:
+        self.key = device_key(device) if key is None else key
         self._rows: dict[tuple[str, str, str, int], tuple[int, float]] = {}
         self._sizes: dict[tuple[str, str, int], dict[int, float]] = defaultdict(dict)
         self._file: sqlite3.Connection | None = None
@@ -210,6 +218,14 @@ class CostTable:
         share = math.log(signature.elements / below) / math.log(above / below)
         return known[below] ** (1 - share) * known[above] ** share
 
+    def is_near(self, signature: Signature, way: str, width: int, factor: float) -> bool:
+        """Whether a size is known that is larger or smaller by no more than a factor."""
+        known = self._sizes.get((signature.family, way, width), {})
+        return any(
+            1 / factor <= elements / signature.elements <= factor and math.isfinite(seconds)
+            for elements, seconds in known.items()
+        )
+
     def rows(self) -> list[list[Any]]:
         """All rows as JSON values, for shipping; no number where a way cannot be gone."""
         return [
@@ -303,6 +319,18 @@ class Timer:
     def marked_last(self) -> bool:
         """Whether images have channels last where they would not by themselves."""
         return self._last and self._device.type != "cpu"
+
+    def applies(self, nodes: Sequence[Node], way: Way) -> bool:
+        """Whether a group can be executed one way."""
+        emitter = Emitter(self._device, self.types, _once(nodes), self._last)
+        builder = Builder(emitter, nodes[0].autocast)
+        group = make_group(nodes, self.types)
+        self._given(emitter, group, way)
+        return builder.write_way(group, way) is not None
+
+    def repacked(self, kind: str, size: int) -> float:
+        """Seconds of one of `KINDS`, for `_LANES` images of 8 channels, so high and wide."""
+        return _repack_seconds(kind, size, self._device)
 
     def signature(self, nodes: Sequence[Node], shared: Sequence[bool]) -> Signature:
         """What the cost of a group depends on, of whose inputs some are the same for all."""
@@ -522,14 +550,22 @@ class Repacking:
 KINDS = ("convert", "to stacked", "to channels", "to lanes")
 
 
-def repacking(table: CostTable, device: torch.device, *, measure: bool = True) -> Repacking:
+def repacking(
+    table: CostTable,
+    device: torch.device,
+    *,
+    measure: bool = True,
+    timing: Callable[[str, int], float] | None = None,
+) -> Repacking:
     """Costs of repacking at two sizes.
 
     Args:
         table: Known costs; measurements are added.
         device: Where values are moved.
         measure: Measure what the table does not have; else another device's costs have to do.
+        timing: Measures one of `KINDS` at a size; default is on the device.
     """
+    timing = timing or partial(_repack_seconds, device=device)
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     sizes = _REPACKED.get(device.type, _REPACKED["cpu"])
     for size in sizes:
@@ -540,7 +576,7 @@ def repacking(table: CostTable, device: torch.device, *, measure: bool = True) -
                 known = table.near(signature, kind, _LANES)
                 known = _LANES * _REPACK_S if known is None else known
             elif known is None:
-                known = _repack_seconds(kind, size, device)
+                known = timing(kind, size)
                 table.put(signature, kind, _LANES, known)
             seconds[kind].append(known / _LANES)
     small, large = (32 * 8 * size * size * 4 for size in sizes)
