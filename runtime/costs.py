@@ -328,6 +328,10 @@ class Timer:
         self._given(emitter, group, way)
         return builder.write_way(group, way) is not None
 
+    def timed(self, function: Callable[..., Sequence[Tensor]], sets: list[list[Tensor]]) -> float:
+        """Median seconds of a forward and backward over values, which are given several times."""
+        return _timed(function, sets)
+
     def repacked(self, kind: str, size: int) -> float:
         """Seconds of one of `KINDS`, for `_LANES` images of 8 channels, so high and wide."""
         return _repack_seconds(kind, size, self._device)
@@ -364,7 +368,7 @@ class Timer:
         size = sum(math.prod(shape) * 4 for _, shape, _, _ in given)
         sets = max(1, min(_MOST_SETS, int(_ROTATED_BYTES / max(size, 1))))
         try:
-            return _timed(function, [[self._value(g) for g in given] for _ in range(sets)])
+            return self.timed(function, [[self._value(g) for g in given] for _ in range(sets)])
         except Exception as error:
             log.debug("%s as %s cannot be measured: %s", nodes[0].op, way, without_frames(error))
             return math.inf  # another way, or the rules
@@ -496,7 +500,9 @@ def timed_captured(
     Launches cost nothing in a captured step, so they must not count here. What may overlap on
     several streams alone does so far less in a whole step (on an H200, 32 cell networks gained 4%).
     """
-    once = _forward_backward(function)
+    # Made beforehand: of a loop they would be a kernel for each member, that no step has.
+    ends = [torch.ones_like(r) for r in _computed(function, values) if r.requires_grad]
+    once = _forward_backward(function, ends)
     with torch.autograd.set_multithreading_enabled(False):  # kernels are chosen for each thread
         try:
             form: Replay = interpreted(record(once, values)[1])
@@ -518,20 +524,31 @@ def _replayed(function: Callable[..., Sequence[Tensor]], values: Sequence[Tensor
         return once
 
 
-def _forward_backward(function: Callable[..., Sequence[Tensor]]) -> Replay:
-    """A step of the function that gives its gradients, or what it computes where it has none."""
+def _forward_backward(
+    function: Callable[..., Sequence[Tensor]], ends: Sequence[Tensor] = ()
+) -> Replay:
+    """A step of the function that gives its gradients, or what it computes where it has none.
+
+    Args:
+        function: Of tensors.
+        ends: Gradients of its results; default is ones that each step makes.
+    """
 
     def once(*given: Tensor) -> Sequence[Tensor]:
         learning = [value for value in given if value.requires_grad]
-        computed = [result for result in function(*given) if isinstance(result, Tensor)]
+        computed = _computed(function, given)
         results = [result for result in computed if result.requires_grad]
         if not results:
             return computed
-        ones = [torch.ones_like(result) for result in results]
+        ones = ends or [torch.ones_like(result) for result in results]
         found = torch.autograd.grad(results, learning, ones, allow_unused=True)
         return [gradient for gradient in found if gradient is not None]
 
     return once
+
+
+def _computed(function: Callable[..., Sequence[Tensor]], given: Sequence[Tensor]) -> list[Tensor]:
+    return [result for result in function(*given) if isinstance(result, Tensor)]
 
 
 @dataclass(frozen=True)
@@ -595,6 +612,13 @@ _REPACK_S = 2e-6
 
 
 def _repack_seconds(kind: str, size: int, device: torch.device) -> float:
+    return _timed(*repacking_of(kind, size, device))
+
+
+def repacking_of(
+    kind: str, size: int, device: torch.device
+) -> tuple[Callable[..., Sequence[Tensor]], list[list[Tensor]]]:
+    """One of `KINDS` as a function, and values for it: images of 8 channels, so high and wide."""
     stacked = [
         torch.rand(_LANES, 32, size, size, 8, device=device).movedim(-1, -3).requires_grad_()
         for _ in range(4)
@@ -607,4 +631,4 @@ def _repack_seconds(kind: str, size: int, device: torch.device) -> float:
         "to channels": lambda *own: [gather(list(own), CHANNELS)],
         "to lanes": lambda value: list(unstack(value)),
     }
-    return _timed(functions[kind], given)
+    return functions[kind], given

@@ -62,12 +62,12 @@ class DeviceProfile:
     def seconds(
         self, moved_bytes: float, flops: float = 0.0, precision: str = "float32", launches: int = 1
     ) -> float:
-        """The least time that work takes: moving, computing or launching, whichever is longest.
+        """The least time that work takes: launching, and moving or computing, whichever is longer.
 
         Source: the roofline of Williams, Waterman and Patterson, CACM 52 (2009).
         """
         rate = self.rates.get(precision, self.rates["float32"])
-        return max(moved_bytes / self.bandwidth, flops / rate, launches * self.launch_s)
+        return launches * self.launch_s + max(moved_bytes / self.bandwidth, flops / rate)
 
     def as_json(self) -> dict[str, Any]:
         """As JSON values."""
