@@ -139,14 +139,25 @@ class _Counted(TorchDispatchMode):
         name = func._schema.name
         if name.startswith("aten") and not func.is_view and name not in _UNTOUCHED:
             moved = sum(map(_size, tree_iter((args, kwargs, result))))
-            flops = 0.0
-            if (count := flop_registry.get(func._overloadpacket)) is not None:
-                flops = float(count(*args, **(kwargs or {}), out_val=result))
             name = name.partition("::")[2]
+            flops = 0.0
+            if "convolution" in name:
+                flops = _convolved(name, args)
+            elif (count := flop_registry.get(func._overloadpacket)) is not None:
+                flops = float(count(*args, **(kwargs or {}), out_val=result))
             outputs = sum(v.numel() for v in tree_iter(result) if isinstance(v, Tensor))
             self.seconds += self.device.seconds(name, moved, flops, args, outputs)
             self.calls += 1
         return result
+
+
+def _convolved(name: str, call: Sequence[Any]) -> float:
+    """FLOPs; torch counts a backward's as if every group met all channels."""
+    if name.endswith("backward"):
+        return 4.0 * call[0].numel() * math.prod(call[2].shape[1:])
+    (x, weight), stride = call[:2], call[3]
+    pixels = math.prod(size // step for size, step in zip(x.shape[2:], stride))
+    return 2.0 * x.shape[0] * weight.shape[0] * pixels * math.prod(weight.shape[1:])
 
 
 def executed(device: Device, function: Callable[..., Any], values: Sequence[Tensor]) -> _Counted:
