@@ -29,6 +29,7 @@ from cgo.runtime.costs import (
 )
 from cgo.runtime.emitter import Types, operator_of, runs
 from cgo.runtime.forms import forms_of
+from cgo.runtime.isolation import keeps_apart, mixes
 from cgo.runtime.record import Memory, Record
 from cgo.runtime.streams import Overlap
 from cgo.runtime.tape import Replay, Tape
@@ -110,11 +111,9 @@ class Tuner:
         ruled = rules(graph, models)
         memory = Memory(self.table, ruled, self._asked(), anew=self.tuning.anew)
         found = (None if self.record is None else self.record.find(ruled)) or memory.find()
-        if found is None:
-            options, last = memory.add(*self._decide(ruled.graph))
-        else:
-            options, last = found
-            memory.add(options, last)
+        options, last = self._decide(ruled.graph) if found is None else found
+        options = self._apart(ruled.graph, options, last)
+        options, last = memory.add(options, last)
         if self.record is not None:
             self.record.add(ruled, options, last)
         self.tell(
@@ -202,8 +201,50 @@ class Tuner:
         moving = repacking(self.table, self.device, measure=self.tuning.measure)
         return assign_layouts(graph, options, moving)
 
+    def _apart(
+        self, graph: Graph, options: Mapping[str, Option], last: bool | None
+    ) -> Mapping[str, Option]:
+        """The options with loops where a device's kernels let a NaN of one member reach others."""
+        if accelerator_for(self.device).separates:
+            return options
+        timer = Timer(self.device, graph, images_last=last)
+        found = dict(options)
+        for members in runs(graph.nodes):
+            name = members[0].group
+            if name is None or len(members) < 2 or not mixes(operator_of(members[0])):
+                continue
+            option = options.get(name)  # evaluation has none: it takes what applies first
+            width = len(members) if option is None else min(option.width, len(members))
+            ways = _ways(members[0])[1:] if option is None else [(option.form, option.layout)]
+            sizes = {width, len(members) % width or width} - {1}
+            if not all(self._separates(members[:size], ways, timer) for size in sizes):
+                found[name] = Option(LOOPED, LANES, 1, 0.0)
+        return found
+
+    def _separates(
+        self, nodes: Sequence[Node], ways: Sequence[tuple[str, str]], timer: Timer
+    ) -> bool:
+        """Whether the first way that can be gone keeps members apart: known, or tried now."""
+        signature = timer.signature(nodes, _shared(nodes))
+        for form, layout in ways:
+            if form == LOOPED:
+                return True
+            key = f"apart/{form}/{layout}" + ("/last" if timer.marked_last else "")
+            known = self.table.get(signature, key, len(nodes))
+            if known is None:
+                apart = keeps_apart(timer, nodes, Way(form, layout))
+                if apart is None:
+                    continue
+                known = 0.0 if apart else math.inf
+                self.table.put(signature, key, len(nodes), known)
+                if not apart:
+                    operator, own = operator_of(nodes[0]), {"form": form, "layout": layout}
+                    self.tell("leaks", operator=operator, members=len(nodes), **own)
+            return math.isfinite(known)
+        return False
+
     def _options(self, nodes: Sequence[Node], timer: Timer) -> list[Option]:
-        shared = [len(set(column)) == 1 for column in zip(*map(inputs_of, nodes))]
+        shared = _shared(nodes)
         # Branches of a single model gain less by being one operator than their gradients lose.
         if (shared and all(shared)) or len(frozenset().union(*(n.owners for n in nodes))) == 1:
             return [Option(LOOPED, LANES, 1, 0.0)]
@@ -353,6 +394,11 @@ def _counted(graph: Graph, options: Mapping[str, Option]) -> dict[str, int]:
         for name, option in options.items()
     )
     return dict(Counter(ways).most_common())
+
+
+def _shared(nodes: Sequence[Node]) -> list[bool]:
+    """Of each input, whether all members read the same."""
+    return [len(set(column)) == 1 for column in zip(*map(inputs_of, nodes))]
 
 
 def _all_refs(node: Node) -> list[Ref]:
