@@ -160,7 +160,7 @@ class Builder:
             emitter.set(Ref(node.name), emitter.value(node.args[0]))
             return
         alone = make_group([node], emitter.types) if emitter.images_last else None
-        kernel = None if alone is None else kernel_for(alone)
+        kernel = None if alone is None else kernel_for(alone, emitter.device)
         args = tuple(self._argument(argument) for argument in node.args)
         kwargs = {key: self._argument(value) for key, value in node.kwargs}
         images = node.op in _CONVOLUTIONS

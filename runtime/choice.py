@@ -30,11 +30,24 @@ from cgo.graph import (
     restrict,
 )
 from cgo.operators import aten
+from cgo.runtime.device_profile import CPU, DeviceProfile
 from cgo.runtime.emitter import runs
 from cgo.runtime.tape import Replay, Tape
 
 #: What operators give that are not worth staying together for.
 _CHEAP_BYTES = 1024
+
+#: Widths of a divided group.
+_CHUNKS = (2, 4, 8)
+
+#: Elements that kernels can count.
+_COUNTED = 2**31 - 1
+
+#: What a fused form must save of a loop's time, over the number of members: narrow groups have
+#: least to gain, and pay for copies that no measurement of a single group sees. On a GPU, where
+#: launches are all that copies of little values cost, it is no more than what measurements err by.
+_CPU_MARGIN = 0.5
+_MARGIN = 0.1
 
 #: Marks the name of a group that is executed as a loop.
 LOOP = "~"
@@ -78,10 +91,18 @@ class Rules:
         most_lane_bytes: A group is a loop where one member's largest value is larger.
         most_program_bytes: Models are merged into one program while all that their operators give
             in a training step is no larger.
+        chunked_bytes: A group whose members' largest values are larger in all may be divided.
+        large_bytes: A group of larger members has to be: it is never fused at full width.
+        most_elements: Of a packed value; kernels count in 32 bits.
+        margin: What a fused form must save of a loop's time, over the number of members.
     """
 
     most_lane_bytes: float = math.inf
     most_program_bytes: float = math.inf
+    chunked_bytes: float = math.inf
+    large_bytes: float = math.inf
+    most_elements: float = math.inf
+    margin: float = _MARGIN
 
     def __call__(self, graph: Graph, models: Sequence[ModelId]) -> Choice:
         """Divide models into programs, and groups by program: `g7` becomes `g7.0` and `g7.1`.
@@ -96,6 +117,20 @@ class Rules:
             return _lane_bytes(members[0], types) > self.most_lane_bytes
 
         return Choice(_regrouped(graph, programs, loops)[0], programs)
+
+    def widths(self, size: int, lane_bytes: int, lane_elements: int) -> list[int]:
+        """How many of a group's members may be fused at once, the widest last.
+
+        Args:
+            size: Members of the group.
+            lane_bytes: Of one member's largest value.
+            lane_elements: Likewise.
+        """
+        parts = max(1, math.ceil(size * lane_elements / self.most_elements))
+        widest = -(-size // parts)
+        divided = lane_bytes * size > self.chunked_bytes
+        chunks = [w for w in _CHUNKS if w < widest] if divided else []
+        return chunks if lane_bytes > self.large_bytes and chunks else [*chunks, widest]
 
     def _programs(self, graph: Graph, models: Sequence[ModelId]) -> tuple[tuple[ModelId, ...], ...]:
         sizes = _activation_bytes(graph)
@@ -160,9 +195,25 @@ def _regrouped(
 
 def rules_for(device: torch.device) -> Rules:
     """What measurements on devices of this kind suggest (`benchmarks/README.md`)."""
-    if device.type == "cpu":
-        return Rules(most_lane_bytes=2**17, most_program_bytes=24e6)
-    return Rules()
+    return rules_of(CPU) if device.type == "cpu" else Rules(most_elements=_COUNTED)
+
+
+def rules_of(profile: DeviceProfile) -> Rules:
+    """The rules that follow from what a device can do.
+
+    On a CPU a group's values pass through a core's cache, which a single member of some size fills;
+    a call costs about what moving a few kilobytes does. A GPU needs millions of elements to be
+    busy, and its cache is no faster than a few times its memory: there, wider is never worse.
+    """
+    if profile.kind != "cpu":
+        return Rules(most_elements=_COUNTED)
+    return Rules(
+        most_lane_bytes=profile.cache_bytes / 16,
+        most_program_bytes=profile.turn_bytes,
+        chunked_bytes=profile.cache_bytes / 8,
+        large_bytes=profile.cache_bytes / 4,
+        margin=_CPU_MARGIN,
+    )
 
 
 def _sharing(graph: Graph, models: Sequence[ModelId]) -> list[list[ModelId]]:

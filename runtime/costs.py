@@ -18,7 +18,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -82,10 +82,18 @@ class CostTable:
         path: An SQLite file, made if missing; None keeps measurements in memory.
         device: What costs are of.
         shipped: Begin with the costs that ship with the package.
+        key: Of a device that is not there; default is that of `device`.
     """
 
-    def __init__(self, path: Path | None, device: torch.device, *, shipped: bool = True) -> None:
-        self.key = device_key(device)
+    def __init__(
+        self,
+        path: Path | None,
+        device: torch.device,
+        *,
+        shipped: bool = True,
+        key: str | None = None,
+    ) -> None:
+        self.key = device_key(device) if key is None else key
         self._rows: dict[tuple[str, str, str, int], tuple[int, float]] = {}
         self._sizes: dict[tuple[str, str, int], dict[int, float]] = defaultdict(dict)
         self._file: sqlite3.Connection | None = None
@@ -210,6 +218,14 @@ class CostTable:
         share = math.log(signature.elements / below) / math.log(above / below)
         return known[below] ** (1 - share) * known[above] ** share
 
+    def is_near(self, signature: Signature, way: str, width: int, factor: float) -> bool:
+        """Whether a size is known that is larger or smaller by no more than a factor."""
+        known = self._sizes.get((signature.family, way, width), {})
+        return any(
+            1 / factor <= elements / signature.elements <= factor and math.isfinite(seconds)
+            for elements, seconds in known.items()
+        )
+
     def rows(self) -> list[list[Any]]:
         """All rows as JSON values, for shipping; no number where a way cannot be gone."""
         return [
@@ -324,6 +340,23 @@ class Timer:
         """Whether images have channels last where they would not by themselves."""
         return self._last and self._device.type != "cpu"
 
+    @property
+    def separates(self) -> bool:
+        """Whether the device's kernels are known to keep the members of a group apart."""
+        return accelerator_for(self._device).separates
+
+    def applies(self, nodes: Sequence[Node], way: Way) -> bool:
+        """Whether a group can be executed one way."""
+        return self.built(nodes, way) is not None
+
+    def timed(self, function: Callable[..., Sequence[Tensor]], sets: list[list[Tensor]]) -> float:
+        """Median seconds of a forward and backward over values, which are given several times."""
+        return _timed(function, sets)
+
+    def repacked(self, kind: str, size: int) -> float:
+        """Seconds of one of `KINDS`, for `_LANES` images of 8 channels, so high and wide."""
+        return _repack_seconds(kind, size, self._device)
+
     def signature(self, nodes: Sequence[Node], shared: Sequence[bool]) -> Signature:
         """What the cost of a group depends on, of whose inputs some are the same for all."""
         idle = [
@@ -351,7 +384,7 @@ class Timer:
         size = sum(math.prod(given.shape) * 4 for given in built.given)
         sets = max(1, min(_MOST_SETS, int(_ROTATED_BYTES / max(size, 1))))
         try:
-            return _timed(built.function, [self.values(built.given) for _ in range(sets)])
+            return self.timed(built.function, [self.values(built.given) for _ in range(sets)])
         except Exception as error:
             log.debug("%s as %s cannot be measured: %s", nodes[0].op, way, without_frames(error))
             return math.inf  # another way, or the rules
@@ -498,7 +531,9 @@ def timed_captured(
     Launches cost nothing in a captured step, so they must not count here. What may overlap on
     several streams alone does so far less in a whole step (on an H200, 32 cell networks gained 4%).
     """
-    once = _forward_backward(function)
+    # Made beforehand: of a loop they would be a kernel for each member, that no step has.
+    ends = [torch.ones_like(r) for r in _computed(function, values) if r.requires_grad]
+    once = _forward_backward(function, ends)
     with torch.autograd.set_multithreading_enabled(False):  # kernels are chosen for each thread
         try:
             form: Replay = interpreted(record(once, values)[1])
@@ -520,20 +555,31 @@ def _replayed(function: Callable[..., Sequence[Tensor]], values: Sequence[Tensor
         return once
 
 
-def _forward_backward(function: Callable[..., Sequence[Tensor]]) -> Replay:
-    """A step of the function that gives its gradients, or what it computes where it has none."""
+def _forward_backward(
+    function: Callable[..., Sequence[Tensor]], ends: Sequence[Tensor] = ()
+) -> Replay:
+    """A step of the function that gives its gradients, or what it computes where it has none.
+
+    Args:
+        function: Of tensors.
+        ends: Gradients of its results; default is ones that each step makes.
+    """
 
     def once(*given: Tensor) -> Sequence[Tensor]:
         learning = [value for value in given if value.requires_grad]
-        computed = [result for result in function(*given) if isinstance(result, Tensor)]
+        computed = _computed(function, given)
         results = [result for result in computed if result.requires_grad]
         if not results:
             return computed
-        ones = [torch.ones_like(result) for result in results]
+        ones = ends or [torch.ones_like(result) for result in results]
         found = torch.autograd.grad(results, learning, ones, allow_unused=True)
         return [gradient for gradient in found if gradient is not None]
 
     return once
+
+
+def _computed(function: Callable[..., Sequence[Tensor]], given: Sequence[Tensor]) -> list[Tensor]:
+    return [result for result in function(*given) if isinstance(result, Tensor)]
 
 
 @dataclass(frozen=True)
@@ -552,14 +598,22 @@ class Repacking:
 KINDS = ("convert", "to stacked", "to channels", "to lanes")
 
 
-def repacking(table: CostTable, device: torch.device, *, measure: bool = True) -> Repacking:
+def repacking(
+    table: CostTable,
+    device: torch.device,
+    *,
+    measure: bool = True,
+    timing: Callable[[str, int], float] | None = None,
+) -> Repacking:
     """Costs of repacking at two sizes.
 
     Args:
         table: Known costs; measurements are added.
         device: Where values are moved.
         measure: Measure what the table does not have; else another device's costs have to do.
+        timing: Measures one of `KINDS` at a size; default is on the device.
     """
+    timing = timing or partial(_repack_seconds, device=device)
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     sizes = _REPACKED.get(device.type, _REPACKED["cpu"])
     for size in sizes:
@@ -570,7 +624,7 @@ def repacking(table: CostTable, device: torch.device, *, measure: bool = True) -
                 known = table.near(signature, kind, _LANES)
                 known = _LANES * _REPACK_S if known is None else known
             elif known is None:
-                known = _repack_seconds(kind, size, device)
+                known = timing(kind, size)
                 table.put(signature, kind, _LANES, known)
             seconds[kind].append(known / _LANES)
     small, large = (32 * 8 * size * size * 4 for size in sizes)
@@ -589,6 +643,13 @@ _REPACK_S = 2e-6
 
 
 def _repack_seconds(kind: str, size: int, device: torch.device) -> float:
+    return _timed(*repacking_of(kind, size, device))
+
+
+def repacking_of(
+    kind: str, size: int, device: torch.device
+) -> tuple[Callable[..., Sequence[Tensor]], list[list[Tensor]]]:
+    """One of `KINDS` as a function, and values for it: images of 8 channels, so high and wide."""
     stacked = [
         torch.rand(_LANES, 32, size, size, 8, device=device).movedim(-1, -3).requires_grad_()
         for _ in range(4)
@@ -601,4 +662,4 @@ def _repack_seconds(kind: str, size: int, device: torch.device) -> float:
         "to channels": lambda *own: [gather(list(own), CHANNELS)],
         "to lanes": lambda value: list(unstack(value)),
     }
-    return _timed(functions[kind], given)
+    return functions[kind], given

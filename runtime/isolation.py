@@ -9,17 +9,22 @@ forward and backward, has to stay finite. A way that fails is none; the group is
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations, count, islice
 from math import comb
 
 import torch
 from torch import Tensor
 
-from cgo.graph import Node
+from cgo.graph import Graph, Node, inputs_of
+from cgo.passes.assign_layouts import Option
 from cgo.runtime.accelerator import without_frames
-from cgo.runtime.choice import Way
-from cgo.runtime.costs import Built, Timer
+from cgo.runtime.choice import LOOPED, Way
+from cgo.runtime.costs import Built, CostTable, Timer
+from cgo.runtime.emitter import operator_of, runs
+from cgo.runtime.measuring import ways_of
 from cgo.tuning import CHANNELS, LANES, STACKED
 
 log = logging.getLogger(__name__)
@@ -117,3 +122,58 @@ def _poisoned(value: Tensor, layout: str, bad: Tensor) -> Tensor:
     if layout != LANES and copy.is_floating_point():
         _by_member(copy, layout, len(bad))[bad] = float("nan")
     return copy.requires_grad_(value.requires_grad)
+
+
+@dataclass(frozen=True)
+class Separation:
+    """Makes loops of groups whose way lets a NaN of one member reach others.
+
+    Args:
+        table: Knows what was tried before; trials are added.
+        tell: Hears of each way that fails, as JSON values.
+    """
+
+    table: CostTable
+    tell: Callable[..., None]
+
+    def options(
+        self, graph: Graph, options: Mapping[str, Option], timer: Timer
+    ) -> Mapping[str, Option]:
+        """The options of a graph's groups, with loops where they have to be."""
+        if timer.separates:
+            return options
+        found = dict(options)
+        for members in runs(graph.nodes):
+            name = members[0].group
+            if name is None or len(members) < 2 or not mixes(operator_of(members[0])):
+                continue
+            option = options.get(name)  # evaluation has none: it takes what applies first
+            width = len(members) if option is None else min(option.width, len(members))
+            ways = ways_of(members[0])[1:] if option is None else [(option.form, option.layout)]
+            sizes = {width, len(members) % width or width} - {1}
+            if not all(self._separates(members[:size], ways, timer) for size in sizes):
+                found[name] = Option(LOOPED, LANES, 1, 0.0)
+        return found
+
+    def _separates(
+        self, nodes: Sequence[Node], ways: Sequence[tuple[str, str]], timer: Timer
+    ) -> bool:
+        """Whether the first way that can be gone keeps members apart: known, or tried now."""
+        shared = [len(set(column)) == 1 for column in zip(*map(inputs_of, nodes))]
+        signature = timer.signature(nodes, shared)
+        for form, layout in ways:
+            if form == LOOPED:
+                return True
+            key = f"apart/{form}/{layout}" + ("/last" if timer.marked_last else "")
+            known = self.table.get(signature, key, len(nodes))
+            if known is None:
+                apart = keeps_apart(timer, nodes, Way(form, layout))
+                if apart is None:
+                    continue
+                known = 0.0 if apart else math.inf
+                self.table.put(signature, key, len(nodes), known)
+                if not apart:
+                    operator, own = operator_of(nodes[0]), {"form": form, "layout": layout}
+                    self.tell("leaks", operator=operator, members=len(nodes), **own)
+            return math.isfinite(known)
+        return False

@@ -50,6 +50,13 @@ def tf32_key() -> str:
     return f", tf32 products {multiplies}, convolutions {convolves}"
 
 
+def float32_products(*, convolutions: bool) -> str:
+    """What CUDA computes float32 products in, as torch is set: "float32" or "tf32"."""
+    multiplies, convolves, _ = _parts()
+    part = convolves if convolutions else multiplies
+    return "tf32" if part.fp32_precision == "tf32" else "float32"
+
+
 def _parts() -> tuple[Any, Any, Any]:
     cudnn: Any = torch.backends.cudnn
     return torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn

@@ -35,8 +35,14 @@ class Kernel:
     function: Callable[..., Tensor]
 
 
-def kernel_for(group: Group) -> Kernel | None:
-    """The kernel that a node is executed by, or None for ATen's own."""
+def kernel_for(group: Group, device: torch.device) -> Kernel | None:
+    """The kernel that a node is executed by on a device, or None for ATen's own.
+
+    On a GPU that is ATen's own: linear layers lack the TF32 that convolutions have, depthwise
+    convolutions are no faster than pooling, and attention is one kernel.
+    """
+    if device.type != "cpu":
+        return None
     for kernel in KERNELS:
         if kernel.operator == group.operator and kernel.applies(group) and kernel.pays(group):
             return kernel

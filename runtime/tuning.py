@@ -7,66 +7,33 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from cgo.errors import CgoError
-from cgo.graph import Graph, ModelId, Node, Ref, bytes_of, inputs_of, is_training
+from cgo.graph import Graph, ModelId, Node, bytes_of, is_training
 from cgo.passes.assign_layouts import Assignment, Option, assign_layouts
 from cgo.runtime.accelerator import FILLED, accelerator_for, free_memory
-from cgo.runtime.builder import VMAP
 from cgo.runtime.choice import LOOP, LOOPED, Choice, Improve, Rules, Way, rules_for
 from cgo.runtime.compiled import Compiler
-from cgo.runtime.costs import (
-    WIDTHS,
-    CostTable,
-    Signature,
-    Timer,
-    default_path,
-    repacking,
-)
+from cgo.runtime.costs import CostTable, Repacking, Timer, default_path, repacking
+from cgo.runtime.device_profile import DeviceProfile, measure, profile_of
 from cgo.runtime.emitter import Types, operator_of, runs
-from cgo.runtime.forms import forms_of
-from cgo.runtime.isolation import keeps_apart, mixes
+from cgo.runtime.estimates import work_of
+from cgo.runtime.isolation import Separation
+from cgo.runtime.measuring import Budget, Groups, Measuring, Options, ways_of
 from cgo.runtime.record import Memory, Record
 from cgo.runtime.streams import Overlap
 from cgo.runtime.tape import Replay, Tape
-from cgo.tuning import CHANNELS, LANES, STACKED, Tuning
+from cgo.tuning import LANES, Tuning
 
 log = logging.getLogger(__name__)
 
-#: Groups whose values are smaller in all are not divided: they fit into a cache.
-_CHUNKED_BYTES = 2**18
-
-#: Members with larger values are not fused more than four wide: nothing was ever gained by it.
-_LARGE_BYTES = 2**19
-
-#: What a fused form must save of a loop's time, over the number of members: narrow groups have
-#: least to gain, and pay for copies that no measurement of a single group sees.
-_MARGIN = 0.5
-
-
-#: Members of a loop that are timed together on a GPU.
-_LOOPED = 8
-
 #: Fewer planned steps do not repay recording one, which costs about as much as ten.
 _TAPED_STEPS = 64
-
-
-@dataclass
-class Budget:
-    """Seconds that may be spent on measuring, and what was spent."""
-
-    seconds: float
-    spent: float = 0.0
-    measured: int = 0
-
-    @property
-    def left(self) -> bool:
-        """Whether more may be measured."""
-        return self.spent < self.seconds
 
 
 #: Chooses how the models of a graph are executed.
@@ -84,6 +51,9 @@ class Tuner:
         steps: Planned training steps.
         record: Where choices are written to, and found again; None: nowhere.
         tell: Hears of each choice, as JSON values.
+        profile: What the device can do; default is as it was measured before, or is published.
+        timing: Makes what measures groups; called as `Timer` is.
+        clock: Seconds, by which measuring is kept within its budget.
     """
 
     def __init__(
@@ -95,11 +65,22 @@ class Tuner:
         steps: int = 0,
         record: Record | None = None,
         tell: Callable[..., None] = lambda what, **figures: None,
+        *,
+        profile: DeviceProfile | None = None,
+        timing: Callable[..., Timer] = Timer,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.table, self.device, self.rules, self.steps = table, device, rules, steps
         self.tuning, self.record, self.tell = tuning, record, tell
-        self.budget = Budget(0.0)
+        self.profile = profile_of(device, table) if profile is None else profile
+        self.timing = timing
+        self.budget = Budget(0.0, clock=clock)
         self.assignment = Assignment({}, 0.0, 0.0)  # the last one
+
+    @property
+    def measuring(self) -> Measuring:
+        """Finds what the options of groups cost."""
+        return Measuring(self.table, self.profile, self.rules, self.budget, self.steps)
 
     def close(self) -> None:
         """Close the table of costs."""
@@ -112,7 +93,8 @@ class Tuner:
         memory = Memory(self.table, ruled, self._asked(), anew=self.tuning.anew)
         found = (None if self.record is None else self.record.find(ruled)) or memory.find()
         options, last = self._decide(ruled.graph) if found is None else found
-        options = self._apart(ruled.graph, options, last)
+        timer = self._timer(ruled.graph, last)
+        options = Separation(self.table, self.tell).options(ruled.graph, options, timer)
         options, last = memory.add(options, last)
         if self.record is not None:
             self.record.add(ruled, options, last)
@@ -174,147 +156,66 @@ class Tuner:
 
     def _decide(self, graph: Graph) -> tuple[Mapping[str, Option], bool | None]:
         """Each group's option, and whether images have channels last: measured, but on a CPU."""
+        groups = _groups(graph)
+        timers = [self._timer(graph, None)]
         if not self.budget.seconds:
-            seconds = self.tuning.budget_s(self.steps * _step_s(graph))
-            # Steps take longer on a CPU, which the estimate is of.
-            most = math.inf if self.device.type == "cpu" else self.tuning.most_s
-            self.budget.seconds = min(seconds, most)
-        last: bool | None = None
-        self.assignment = self._assignment(graph, last)
+            self.budget.seconds = self._budget_s(graph, groups, timers[0].types)
+        self._profile()
         if self.device.type != "cpu" and self.budget.left and _convolves(graph):
-            other = self._assignment(graph, True)
-            if other.seconds < self.assignment.seconds:
-                self.assignment, last = other, True
-        return self.assignment.options, last
+            timers.append(self._timer(graph, True))
+        moving = self._repacking(timers[0])
+        found = self._options(groups, timers)
+        assigned = [assign_layouts(graph, options, moving) for options in found]
+        best = min(range(len(timers)), key=lambda index: assigned[index].seconds)
+        self.assignment = assigned[best]
+        return self.assignment.options, True if best else None
 
-    def _assignment(self, graph: Graph, last: bool | None) -> Assignment:
-        groups: dict[str, list[Node]] = {}
-        for members in runs(graph.nodes):
-            name = members[0].group
-            if name is not None and len(members) > 1 and is_training(members[0]):
-                groups[name] = members
-        timer = Timer(self.device, graph, images_last=last)
-        options: dict[str, list[Option]] = {}
-        decide = self._forced if self.tuning.forced else self._options
-        for name in sorted(groups, key=lambda name: -_weight(groups[name], timer.types)):
-            options[name] = decide(groups[name], timer)
-        moving = repacking(self.table, self.device, measure=self.tuning.measure)
-        return assign_layouts(graph, options, moving)
+    def _options(self, groups: Groups, timers: Sequence[Timer]) -> list[Options]:
+        if self.tuning.forced:
+            return [{n: self._forced(groups[n], timer) for n in groups} for timer in timers]
+        return self.measuring.options(groups, timers)
 
-    def _apart(
-        self, graph: Graph, options: Mapping[str, Option], last: bool | None
-    ) -> Mapping[str, Option]:
-        """The options with loops where a device's kernels let a NaN of one member reach others."""
-        if accelerator_for(self.device).separates:
-            return options
-        timer = Timer(self.device, graph, images_last=last)
-        found = dict(options)
-        for members in runs(graph.nodes):
-            name = members[0].group
-            if name is None or len(members) < 2 or not mixes(operator_of(members[0])):
-                continue
-            option = options.get(name)  # evaluation has none: it takes what applies first
-            width = len(members) if option is None else min(option.width, len(members))
-            ways = _ways(members[0])[1:] if option is None else [(option.form, option.layout)]
-            sizes = {width, len(members) % width or width} - {1}
-            if not all(self._separates(members[:size], ways, timer) for size in sizes):
-                found[name] = Option(LOOPED, LANES, 1, 0.0)
-        return found
+    def _timer(self, graph: Graph, last: bool | None) -> Timer:
+        return self.timing(self.device, graph, images_last=last)
 
-    def _separates(
-        self, nodes: Sequence[Node], ways: Sequence[tuple[str, str]], timer: Timer
-    ) -> bool:
-        """Whether the first way that can be gone keeps members apart: known, or tried now."""
-        signature = timer.signature(nodes, _shared(nodes))
-        for form, layout in ways:
-            if form == LOOPED:
-                return True
-            key = f"apart/{form}/{layout}" + ("/last" if timer.marked_last else "")
-            known = self.table.get(signature, key, len(nodes))
-            if known is None:
-                apart = keeps_apart(timer, nodes, Way(form, layout))
-                if apart is None:
-                    continue
-                known = 0.0 if apart else math.inf
-                self.table.put(signature, key, len(nodes), known)
-                if not apart:
-                    operator, own = operator_of(nodes[0]), {"form": form, "layout": layout}
-                    self.tell("leaks", operator=operator, members=len(nodes), **own)
-            return math.isfinite(known)
-        return False
+    def _repacking(self, timer: Timer) -> Repacking:
+        """What moving values costs; on a GPU it is measured within the budget."""
+        if self.device.type == "cpu":
+            return repacking(self.table, self.device, measure=self.tuning.measure)
 
-    def _options(self, nodes: Sequence[Node], timer: Timer) -> list[Option]:
-        shared = _shared(nodes)
-        # Branches of a single model gain less by being one operator than their gradients lose.
-        if (shared and all(shared)) or len(frozenset().union(*(n.owners for n in nodes))) == 1:
-            return [Option(LOOPED, LANES, 1, 0.0)]
-        signature = timer.signature(nodes, shared)
-        size = len(nodes)
-        largest = max((bytes_of(timer.types[ref]) for ref in _all_refs(nodes[0])), default=0)
-        found: list[Option] = []
-        for form, layout in _ways(nodes[0]):
-            for width in self._widths(size, largest, form):
-                seconds = self._cost(signature, nodes, Way(form, layout), width, timer)
-                if seconds is not None and math.isfinite(seconds):
-                    found.append(Option(form, layout, width, seconds))
-        loops = [option for option in found if option.form == LOOPED]
-        if not loops or len(loops) == len(found):
-            return [self._ruled(nodes, largest)]
-        limit = loops[0].seconds * (1 - _MARGIN / size)
-        return loops + [o for o in found if o.form != LOOPED and o.seconds < limit]
+        def timed(kind: str, size: int) -> float:
+            return self.budget.spend(lambda: timer.repacked(kind, size))
 
-    def _widths(self, size: int, largest: int, form: str) -> list[int]:
-        if form == LOOPED:
-            return [1]
-        if self.device.type != "cpu":  # what narrower groups gain is a CPU's cache
-            return [size]
-        chunks = [w for w in (2, 4, 8) if w < size and largest * size > _CHUNKED_BYTES]
-        return chunks if largest > _LARGE_BYTES and chunks else [*chunks, size]
+        return repacking(self.table, self.device, measure=self.budget.left, timing=timed)
 
-    def _measured_width(self, width: int, way: Way) -> int:
-        """The next smaller of the widths that are measured; costs a member are alike between them.
+    def _profile(self) -> None:
+        """Measure the device, where that was not done yet and the budget is long enough."""
+        if self.profile.source != "published" or self.budget.seconds < _PROFILED_S:
+            return
+        started = self.budget.clock()
+        measured = partial(measure, accelerator_for(self.device))
+        self.profile = profile_of(self.device, self.table, measured)
+        self.budget.spent += self.budget.clock() - started
+        self.tell("device", **self.profile.as_json())
 
-        A loop's members are timed one by one; on a GPU several, as one takes hardly any time.
-        """
-        if way.form != LOOPED:
-            return max(w for w in WIDTHS if w <= max(width, WIDTHS[0]))
-        return 1 if self.device.type == "cpu" else min(width, _LOOPED)
+    def _budget_s(self, graph: Graph, groups: Groups, types: Types) -> float:
+        """Seconds for measuring: a share of what the planned steps should take."""
+        if self.device.type == "cpu":
+            return self.tuning.budget_s(self.steps * _step_s(graph))
+        step = sum(
+            work_of(nodes[0], types).seconds(len(nodes), self.profile, fused=False)
+            for nodes in groups.values()
+        )
+        return min(self.tuning.budget_s(self.steps * _OVER * step), self.tuning.most_s)
 
     def _forced(self, nodes: Sequence[Node], timer: Timer) -> list[Option]:
         width = min(self.tuning.width or len(nodes), len(nodes))
         layout = self.tuning.layout
         if layout == LANES or width == 1:
             return [Option(LOOPED, LANES, 1, 0.0)]
-        ways = _ways(nodes[0])[1:]
+        ways = ways_of(nodes[0])[1:]
         form, found = next((way for way in ways if way[1] == layout), ways[0])
         return [Option(form, found, width, 0.0)]
-
-    def _cost(
-        self, signature: Signature, nodes: Sequence[Node], way: Way, width: int, timer: Timer
-    ) -> float | None:
-        """Seconds of a whole group executed one way, so many members at once."""
-        measured = self._measured_width(len(nodes) if way.form == LOOPED else width, way)
-        key = f"{way.form}/{way.layout}" + ("/last" if timer.marked_last else "")
-        known = self.table.get(signature, key, measured)
-        if known is None and self.budget.left:
-            started = time.perf_counter()
-            known = timer.seconds(nodes[:measured], way)
-            self.table.put(signature, key, measured, known)
-            self.budget.spent += time.perf_counter() - started
-            self.budget.measured += 1
-        if known is not None:
-            return known / measured * len(nodes)
-        for narrower in (w for w in (1, *WIDTHS)[::-1] if w <= measured):
-            if (known := self.table.near(signature, key, narrower)) is not None:
-                return known / narrower * len(nodes)
-        return None
-
-    def _ruled(self, nodes: Sequence[Node], largest: int) -> Option:
-        """What the rules say, where costs are not known."""
-        if largest > self.rules.most_lane_bytes:
-            return Option(LOOPED, LANES, 1, 0.0)
-        form, layout = _ways(nodes[0])[1]
-        return Option(form, layout, len(nodes), 0.0)
 
 
 def _first_of(*ways: Improve) -> Improve:
@@ -331,9 +232,25 @@ def _first_of(*ways: Improve) -> Improve:
     return improve
 
 
+#: Times that a merged step takes as long as it should at least: on an H200 four or five.
+_OVER = 4.0
+
+#: A device is measured within a second, where at least so much may be spent on measuring.
+_PROFILED_S = 2.0
+
 #: Rough costs of a training step, to plan with: seconds for a node, and for a byte that it gives.
 _NODE_S = 2e-5
 _BYTE_S = 2e-9
+
+
+def _groups(graph: Graph) -> dict[str, list[Node]]:
+    """The groups that are trained, by name."""
+    found: dict[str, list[Node]] = {}
+    for members in runs(graph.nodes):
+        name = members[0].group
+        if name is not None and len(members) > 1 and is_training(members[0]):
+            found[name] = members
+    return found
 
 
 def _convolves(graph: Graph) -> bool:
@@ -394,28 +311,3 @@ def _counted(graph: Graph, options: Mapping[str, Option]) -> dict[str, int]:
         for name, option in options.items()
     )
     return dict(Counter(ways).most_common())
-
-
-def _shared(nodes: Sequence[Node]) -> list[bool]:
-    """Of each input, whether all members read the same."""
-    return [len(set(column)) == 1 for column in zip(*map(inputs_of, nodes))]
-
-
-def _all_refs(node: Node) -> list[Ref]:
-    return [*inputs_of(node), *(Ref(node.name, index) for index in range(len(node.types)))]
-
-
-def _weight(nodes: Sequence[Node], types: Types) -> int:
-    """What is measured first: groups that move most."""
-    return len(nodes) * sum(bytes_of(types[ref]) for ref in _all_refs(nodes[0]))
-
-
-def _ways(node: Node) -> list[tuple[str, str]]:
-    """Forms with the layouts that they can have, in the order of preference; a loop first."""
-    found: list[tuple[str, str]] = [(LOOPED, LANES)]
-    for form in forms_of(operator_of(node)):
-        layouts = (STACKED, CHANNELS) if form.layouts == "either" else (form.layouts,)
-        found += [(form.name, layout) for layout in layouts]
-    if len(found) == 1:
-        found.append((VMAP, STACKED))
-    return found

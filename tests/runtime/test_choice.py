@@ -80,6 +80,25 @@ def test_every_choice_trains_as_alone(tmp_path, monkeypatch):
             assert_equal_float64(merged, case, alone[case.id])
 
 
-def test_devices_have_their_rules():
-    assert rules_for(torch.device("cpu")).most_lane_bytes < math.inf
-    assert rules_for(torch.device("cuda")) == Rules()
+def test_a_cpu_has_the_rules_that_it_was_tuned_with():
+    rules = rules_for(torch.device("cpu"))
+    assert rules.most_lane_bytes == 2**17
+    assert rules.most_program_bytes == 24e6
+    assert rules.margin == 0.5
+    assert rules.widths(16, 2**13, 2**11) == [16]  # all of it fits into a cache
+    assert rules.widths(16, 2**15, 2**13) == [2, 4, 8, 16]
+    assert rules.widths(16, 2**20, 2**18) == [2, 4, 8]
+    assert rules.widths(2, 2**20, 2**18) == [2]
+
+
+def test_a_gpu_has_full_width_whatever_values_take():
+    rules = rules_for(torch.device("cuda"))
+    assert rules.most_lane_bytes == rules.most_program_bytes == math.inf
+    assert [rules.widths(size, 2**25, 2**23) for size in (2, 31, 255)] == [[2], [31], [255]]
+
+
+def test_groups_on_a_gpu_are_divided_where_kernels_cannot_count_their_elements():
+    rules = rules_for(torch.device("cuda"))
+    assert rules.widths(256, 2**25, 2**23) == [128]
+    assert rules.widths(300, 2**25, 2**23) == [150]
+    assert rules.widths(3, 2**34, 2**32) == [1]

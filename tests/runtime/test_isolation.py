@@ -14,7 +14,7 @@ from cgo.runtime.costs import Timer
 from cgo.runtime.emitter import operator_of, runs
 from cgo.runtime.forms import linear
 from cgo.runtime.isolation import keeps_apart, mixes, separating_sets
-from cgo.runtime.tuning import _ways
+from cgo.runtime.measuring import ways_of
 
 CPU = torch.device("cpu")
 
@@ -44,7 +44,7 @@ def test_every_form_keeps_members_apart_on_a_cpu(tmp_path):
     tried = {}
     for members in found:
         if mixes(operator_of(members[0])):
-            for form, layout in _ways(members[0]):
+            for form, layout in ways_of(members[0]):
                 if form != LOOPED:
                     apart = keeps_apart(timer, members, Way(form, layout))
                     tried.setdefault((form, layout), []).append(apart)
