@@ -16,9 +16,10 @@ from cgo.errors import CgoError
 from cgo.graph import Graph, ModelId, Node, Ref, bytes_of, inputs_of, is_training
 from cgo.passes.assign_layouts import Assignment, Option, assign_layouts
 from cgo.runtime.accelerator import FILLED, accelerator_for, free_memory
+from cgo.runtime.artifacts import default_artifacts
 from cgo.runtime.builder import VMAP
 from cgo.runtime.choice import LOOP, LOOPED, Choice, Improve, Rules, Way, rules_for
-from cgo.runtime.compiled import Compiler
+from cgo.runtime.compiled import Compiler, Compilers
 from cgo.runtime.costs import (
     WIDTHS,
     CostTable,
@@ -32,6 +33,8 @@ from cgo.runtime.forms import forms_of
 from cgo.runtime.record import Memory, Record
 from cgo.runtime.streams import Overlap
 from cgo.runtime.tape import Replay, Tape
+from cgo.runtime.taped import Later
+from cgo.runtime.verdicts import Verdicts
 from cgo.tuning import CHANNELS, LANES, STACKED, Tuning
 
 log = logging.getLogger(__name__)
@@ -99,10 +102,19 @@ class Tuner:
         self.tuning, self.record, self.tell = tuning, record, tell
         self.budget = Budget(0.0)
         self.assignment = Assignment({}, 0.0, 0.0)  # the last one
+        self._compiles: Compilers | None = None
 
     def close(self) -> None:
-        """Close the table of costs."""
+        """Close the table of costs, and end what is compiled for nobody any more."""
         self.table.close()
+        if self._compiles is not None:
+            self._compiles.close()
+
+    def _compilers(self) -> Compilers:
+        """Made where something is compiled; raises `ArtifactError`."""
+        if self._compiles is None:
+            self._compiles = Compilers(default_artifacts())
+        return self._compiles
 
     def __call__(self, graph: Graph, models: Sequence[ModelId]) -> Choice:
         """Divide models into programs by rule, and decide each group of a training program."""
@@ -132,6 +144,8 @@ class Tuner:
             self.steps,
             memory.compiled(self.record),
             memory.settling(self.record),
+            self._compilers,
+            Verdicts(self.table, anew=self.tuning.anew),
             self.tell,
             accelerator_for(self.device) if captured else None,
         )
@@ -277,13 +291,17 @@ class Tuner:
 
 
 def _first_of(*ways: Improve) -> Improve:
-    """What the first of several ways to improve a step makes of it."""
+    """What the first of several ways to improve a step makes of it; others, until that is there."""
 
     def improve(
         name: str, tape: Tape, replay: Replay, inputs: Sequence[torch.Tensor]
-    ) -> Replay | None:
-        for way in ways:
-            if (found := way(name, tape, replay, inputs)) is not None:
+    ) -> Replay | Later | None:
+        for number, way in enumerate(ways, 1):
+            found = way(name, tape, replay, inputs)
+            if isinstance(found, Later):
+                other = _first_of(*ways[number:])(name, tape, replay, inputs)
+                found.meanwhile = None if isinstance(other, Later) else other
+            if found is not None:
                 return found
         return None
 
