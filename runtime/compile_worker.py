@@ -19,6 +19,7 @@ from typing import Any, TextIO
 import torch
 
 from cgo.private import inductor
+from cgo.runtime.accelerator import is_out_of_memory
 from cgo.runtime.artifacts import Artifacts
 from cgo.runtime.structure import Structure, examples_of, module_of
 
@@ -54,6 +55,7 @@ def serve(lines: Iterable[str], answers: TextIO) -> None:
             compile_structure(Structure(request["document"]), artifacts, request["key"])
         except Exception as error:
             answer["error"] = f"{type(error).__name__}: {str(error)[:500]}"
+            answer["lasting"] = not is_out_of_memory(error)  # beside training
         answer["seconds"] = time.perf_counter() - started
         answers.write(json.dumps(answer) + "\n")
         answers.flush()

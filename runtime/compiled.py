@@ -31,6 +31,7 @@ from cgo.runtime.accelerator import (
     Accelerator,
     captured_seconds,
     leaves_eager,
+    without_frames,
 )
 from cgo.runtime.artifacts import ArtifactError, Artifacts
 from cgo.runtime.compiling import Compiling
@@ -166,8 +167,10 @@ class Compiler:
             compilers = self.compilers()
             plan = self._planned(tape, inputs, compilers, kind)
             self._choose(plan, known, replay, inputs, compilers)
-        except (ArtifactError, CompileError) as error:
-            self._refuse(name, tape, str(error))
+        except Exception as error:
+            if not _leaves_plain(error):
+                raise
+            self.refuse(name, tape, str(without_frames(error)))
             return None
         if not plan.chosen:
             self.settled(name, False)
@@ -194,7 +197,8 @@ class Compiler:
             return False
         return self.steps * _LONGEST_S > _IMPORT_S + least_s
 
-    def _refuse(self, name: str, tape: Tape, reason: str) -> None:
+    def refuse(self, name: str, tape: Tape, reason: str) -> None:
+        """Leave a step as it is, and say why."""
         log.warning("a step is not compiled: %s", reason)
         self.tell("compiled", step=name, calls=len(tape.calls), parts=0, reason=reason[:500])
         self.settled(name, False)
@@ -218,7 +222,7 @@ class Compiler:
             if key not in plan.kinds:
                 plan.kinds[key] = _Kind(key, structure, [], moved_bytes(part, tape.sizes))
                 if self.wanted is None and self.verdicts.find(key) is None:
-                    plan.kinds[key].before_s = self._seconds([_plain(part)], part, given)[0]
+                    plan.kinds[key].before_s = self.part_seconds([_plain(part)], part, given)[0]
             plan.kinds[key].numbers.append(number)
         return plan
 
@@ -239,7 +243,7 @@ class Compiler:
         if known is not None or self.wanted:
             plan.chosen = [key for key in plan.kinds if known is not None or key not in lost]
             return
-        step_s = self._timed([replay], inputs)[0]
+        step_s = self.timed([replay], inputs)[0]
         expected = {
             key: self._expected(kind, plan.device_type, compilers)
             for key, kind in plan.kinds.items()
@@ -266,9 +270,12 @@ class Compiler:
         """Of forms of a part, called on what it reads; what it writes is a copy."""
         written = _overwritten(part)
         own = [copied(v) if name in written else v for name, v in zip(part.reads, given)]
-        return self._timed(forms, own)
+        for form in forms:
+            form(*own)  # compiled kernels are chosen when they are called first
+        return self.timed(forms, own)
 
-    def _timed(self, forms: Sequence[Replay], inputs: Sequence[Tensor]) -> list[float]:
+    def timed(self, forms: Sequence[Replay], inputs: Sequence[Tensor]) -> list[float]:
+        """Of forms of a step, as it is run; what they write is written several times."""
         if self.accelerator is None:
             return _seconds(forms, inputs)
         try:
@@ -308,10 +315,12 @@ class _Compiled(Later):
         try:
             found, used = self._made(inputs)
             _check(found, self.replay, inputs)
-        except CompileError as error:
-            self.compiler._refuse(self.name, self.plan.tape, str(error))
+            before_s, after_s = self.compiler.timed([current, found], inputs)
+        except Exception as error:
+            if not _leaves_plain(error):
+                raise
+            self.compiler.refuse(self.name, self.plan.tape, str(without_frames(error)))
             return None
-        before_s, after_s = self.compiler._timed([current, found], inputs)
         spent = time.perf_counter() - started
         faster = self.repeated or after_s < before_s
         self.compiler.tell(
@@ -377,7 +386,7 @@ class _Compiled(Later):
                 continue
             try:
                 forms = [_plain(part), left[key]]
-                before_s, after_s = self.compiler._seconds(forms, part, given)
+                before_s, after_s = self.compiler.part_seconds(forms, part, given)
                 verdict = Verdict(before_s, after_s, self._outcome_seconds(key))
             except Exception as error:  # of compiled code, whatever it raises
                 reason = f"{type(error).__name__}: {str(error)[:500]}"
@@ -443,6 +452,10 @@ def _share_of_training(kind: str) -> float:
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
     return min(1.0, torch.get_num_threads() / cores)
+
+
+def _leaves_plain(error: Exception) -> bool:
+    return isinstance(error, (ArtifactError, CompileError)) or leaves_eager(error)
 
 
 def _lost(verdict: Verdict | None) -> bool:

@@ -128,8 +128,8 @@ class Compiling:
             for line in process.stdout:
                 answer = json.loads(line)
                 with self._changed:
-                    error = answer.get("error")
-                    outcome = Outcome(answer["seconds"], error, error is not None)
+                    error, lasting = answer.get("error"), answer.get("lasting", False)
+                    outcome = Outcome(answer["seconds"], error, lasting)
                     self._outcomes[answer["key"]] = outcome
                     self._asked.remove(answer["key"])
                     self._since = time.monotonic()
