@@ -15,15 +15,11 @@ search, run again, takes the other form after the same run, and computes the sam
 from __future__ import annotations
 
 import logging
-import os
-import statistics
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cgo.errors import CgoError
@@ -35,64 +31,40 @@ from cgo.runtime.accelerator import (
 )
 from cgo.runtime.artifacts import ArtifactError, Artifacts
 from cgo.runtime.compiling import Compiling
-from cgo.runtime.regions import cut, is_view_only, joined, moved_bytes
-from cgo.runtime.streams import memory_of, written_by
-from cgo.runtime.structure import Part, Structure, StructureError, structure_of, whole
-from cgo.runtime.tape import Call, Replay, Tape, Value, interpreted, invoke, refuse_recording
+from cgo.runtime.part_forms import (
+    Kind,
+    Plan,
+    copied,
+    difference,
+    overwritten,
+    plain,
+    running,
+    seconds_of,
+    stands_alone,
+    visited,
+)
+from cgo.runtime.regions import cut, joined, moved_bytes
+from cgo.runtime.repaying import (
+    CPU_GAIN,
+    Expected,
+    may_repay,
+    repaying,
+    saving,
+    share_of_training,
+)
+from cgo.runtime.structure import Part, StructureError, structure_of, whole
+from cgo.runtime.tape import Replay, Tape
 from cgo.runtime.taped import Later
 from cgo.runtime.verdicts import Decision, Swap, Verdict, Verdicts
 
 log = logging.getLogger(__name__)
 
-#: What compiling is expected to gain of a step on a CPU.
-_GAIN = 0.25
-
-#: Of the memory traffic that a fused kernel saves, what it is expected to save in time.
-_REACHED = 0.7
-
-#: What launching a kernel weighs, in bytes that it could have moved.
-_LAUNCH_BYTES = 2**20
-
-#: Seconds of importing a compiler, and of loading what was compiled.
-_IMPORT_S, _LOAD_S = 3.0, 0.2
-
 #: On a CPU, tapes of so many calls are compiled as a whole: what stands between products is small.
 _WHOLE_CALLS = 400
-
-#: Seconds that no step takes.
-_LONGEST_S = 10.0
-
-#: Rounds of timing two forms against each other.
-_ROUNDS = 5
-
-#: Largest relative difference between the forms that rounding explains.
-_CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 
 class CompileError(CgoError):
     """A tape that is not compiled; it is replayed as it is."""
-
-
-@dataclass
-class _Kind:
-    """Parts of one structure."""
-
-    key: str
-    structure: Structure
-    numbers: list[int]  # of the pieces
-    moved: tuple[int, int]  # bytes, call by call and at once
-    before_s: float = 0.0  # measured
-
-
-@dataclass
-class Plan:
-    """A tape's pieces, and the structures among them."""
-
-    tape: Tape
-    pieces: list[Call | Part]
-    device_type: str
-    kinds: dict[str, _Kind] = field(default_factory=dict)
-    chosen: list[str] = field(default_factory=list)
 
 
 class Compilers:
@@ -158,7 +130,7 @@ class Compiler:
         """
         known = self.known(name)
         kind = self._device_type(inputs)
-        if known is None and self.wanted is None and not self._may_repay(tape, kind):
+        if known is None and self.wanted is None and not may_repay(tape, self.steps, kind):
             known = False
         if self.wanted is False or known is False or known == Swap(None):
             self.settled(name, known if isinstance(known, Swap) else False)
@@ -190,13 +162,6 @@ class Compiler:
             return self.accelerator.device.type
         return "cuda" if any(value.is_cuda for value in inputs) else "cpu"
 
-    def _may_repay(self, tape: Tape, device_type: str) -> bool:
-        """False where no length of the step could speak for it, so that it is not timed."""
-        least_s = self.verdicts.call_s if device_type == "cpu" else 0.0
-        if device_type == "cpu" and convolves(tape):
-            return False
-        return self.steps * _LONGEST_S > _IMPORT_S + least_s
-
     def refuse(self, name: str, tape: Tape, reason: str) -> None:
         """Leave a step as it is, and say why."""
         log.warning("a step is not compiled: %s", reason)
@@ -210,7 +175,7 @@ class Compiler:
     ) -> Plan:
         """Cut the tape; parts are of one kind where they have one structure."""
         short = device_type == "cpu" and len(tape.calls) <= _WHOLE_CALLS
-        pieces = [whole(tape)] if short and _stands_alone(tape, inputs) else cut(tape, inputs)
+        pieces = [whole(tape)] if short and stands_alone(tape, inputs) else cut(tape, inputs)
         plan = Plan(tape, list(pieces), device_type)
         for number, part, given in visited(plan, inputs):
             try:
@@ -220,9 +185,9 @@ class Compiler:
                 continue
             key = compilers.artifacts.key(structure)
             if key not in plan.kinds:
-                plan.kinds[key] = _Kind(key, structure, [], moved_bytes(part, tape.sizes))
+                plan.kinds[key] = Kind(key, structure, [], moved_bytes(part, tape.sizes))
                 if self.wanted is None and self.verdicts.find(key) is None:
-                    plan.kinds[key].before_s = self.part_seconds([_plain(part)], part, given)[0]
+                    plan.kinds[key].before_s = self.part_seconds([plain(part)], part, given)[0]
             plan.kinds[key].numbers.append(number)
         return plan
 
@@ -249,16 +214,16 @@ class Compiler:
             for key, kind in plan.kinds.items()
             if key not in lost
         }
-        plan.chosen = repaying(expected, step_s, self.steps, _share_of_training(plan.device_type))
+        plan.chosen = repaying(expected, step_s, self.steps, share_of_training(plan.device_type))
 
-    def _expected(self, kind: _Kind, device_type: str, compilers: Compilers) -> Expected:
+    def _expected(self, kind: Kind, device_type: str, compilers: Compilers) -> Expected:
         verdict = self.verdicts.find(kind.key)
         calls, compile_s = kind.structure.calls, 0.0
         if not compilers.has(kind.key):
             measured_s = 0.0 if verdict is None else verdict.compile_s
             compile_s = measured_s or self.verdicts.call_s * calls
         if verdict is None:
-            share = _GAIN if device_type == "cpu" else saving(*kind.moved, calls)
+            share = CPU_GAIN if device_type == "cpu" else saving(*kind.moved, calls)
             gain_s = kind.before_s * share
         else:
             gain_s = verdict.before_s - verdict.after_s
@@ -266,9 +231,11 @@ class Compiler:
 
     # --- measuring --------------------------------------------------------------------------------
 
-    def _seconds(self, forms: Sequence[Replay], part: Part, given: Sequence[Tensor]) -> list[float]:
+    def part_seconds(
+        self, forms: Sequence[Replay], part: Part, given: Sequence[Tensor]
+    ) -> list[float]:
         """Of forms of a part, called on what it reads; what it writes is a copy."""
-        written = _overwritten(part)
+        written = overwritten(part)
         own = [copied(v) if name in written else v for name, v in zip(part.reads, given)]
         for form in forms:
             form(*own)  # compiled kernels are chosen when they are called first
@@ -277,14 +244,14 @@ class Compiler:
     def timed(self, forms: Sequence[Replay], inputs: Sequence[Tensor]) -> list[float]:
         """Of forms of a step, as it is run; what they write is written several times."""
         if self.accelerator is None:
-            return _seconds(forms, inputs)
+            return seconds_of(forms, inputs)
         try:
             return [captured_seconds(self.accelerator, form, inputs) for form in forms]
         except Exception as error:
             if not leaves_eager(error):
                 raise
             log.info("steps are timed as they are called: %s", error)
-            return _seconds(forms, inputs)
+            return seconds_of(forms, inputs)
 
 
 @dataclass
@@ -314,7 +281,8 @@ class _Compiled(Later):
         started = time.perf_counter()
         try:
             found, used = self._made(inputs)
-            _check(found, self.replay, inputs)
+            if reason := difference(found, self.replay, inputs):
+                raise CompileError(reason)
             before_s, after_s = self.compiler.timed([current, found], inputs)
         except Exception as error:
             if not _leaves_plain(error):
@@ -360,7 +328,7 @@ class _Compiled(Later):
         if not functions:
             raise CompileError(reasons[0] if reasons else "no part is faster by itself")
         numbered = {n: f for k, f in functions.items() for n in self.plan.kinds[k].numbers}
-        return _running(joined(self.plan.tape, self.plan.pieces, numbered)), list(functions)
+        return running(joined(self.plan.tape, self.plan.pieces, numbered)), list(functions)
 
     def _verdict(self, key: str) -> Verdict | None:
         return self.compiler.verdicts.find(key)
@@ -385,7 +353,7 @@ class _Compiled(Later):
             if key is None:
                 continue
             try:
-                forms = [_plain(part), left[key]]
+                forms = [plain(part), left[key]]
                 before_s, after_s = self.compiler.part_seconds(forms, part, given)
                 verdict = Verdict(before_s, after_s, self._outcome_seconds(key))
             except Exception as error:  # of compiled code, whatever it raises
@@ -397,159 +365,9 @@ class _Compiled(Later):
                 self.compiler.verdicts.paid(verdict.compile_s, calls)
 
 
-# --- what it is expected to be worth --------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What compiling a structure is expected to gain in a step, and to take."""
-
-    gain_s: float
-    compile_s: float
-
-
-def convolves(tape: Tape) -> bool:
-    """Whether there are convolutions."""
-    return any("convolution" in call.op._schema.name for call in tape.calls)
-
-
-def saving(apart: int, together: int, calls: int) -> float:
-    """The share of its time that a chain is expected to save as one kernel.
-
-    Args:
-        apart: Bytes that its calls move.
-        together: Bytes that one kernel would move.
-        calls: How many launches it takes now.
-    """
-    before = apart + calls * _LAUNCH_BYTES
-    return _REACHED * max(0.0, 1 - (together + _LAUNCH_BYTES) / before)
-
-
-def repaying(
-    expected: Mapping[str, Expected], step_s: float, steps: int, share: float
-) -> list[str]:
-    """The structures that repay what they take in the steps that are left once they are there.
-
-    Args:
-        expected: By structure.
-        step_s: Seconds of a step now.
-        steps: Planned.
-        share: Of compiling's seconds, what training loses meanwhile.
-    """
-    left = steps - sum(found.compile_s for found in expected.values()) / max(step_s, 1e-9)
-    worth = {
-        key: found.gain_s * left - share * found.compile_s - _LOAD_S
-        for key, found in expected.items()
-    }
-    chosen = [key for key, value in worth.items() if value > 0]
-    return chosen if sum(worth[key] for key in chosen) > _IMPORT_S else []
-
-
-def _share_of_training(kind: str) -> float:
-    """What training loses of the seconds that another process works."""
-    if kind != "cpu":
-        return 0.2
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-    return min(1.0, torch.get_num_threads() / cores)
-
-
 def _leaves_plain(error: Exception) -> bool:
     return isinstance(error, (ArtifactError, CompileError)) or leaves_eager(error)
 
 
 def _lost(verdict: Verdict | None) -> bool:
     return verdict is not None and not verdict.faster
-
-
-# --- forms of a step and of its parts -------------------------------------------------------------
-
-
-def visited(plan: Plan, inputs: Sequence[Tensor]) -> Iterator[tuple[int, Part, Sequence[Tensor]]]:
-    """Run a plan's tape; gives each part with its number, and what it reads, before it is run."""
-    values = dict(zip(plan.tape.inputs, inputs)) | dict(plan.tape.constants)
-    kept = {*plan.tape.inputs, *plan.tape.constants}
-    last: dict[Value, int] = {}
-    for number, piece in enumerate(plan.pieces):
-        for call in (piece,) if isinstance(piece, Call) else piece.calls:
-            last |= dict.fromkeys(call.reads(), number)
-    for number, piece in enumerate(plan.pieces):
-        calls = (piece,) if isinstance(piece, Call) else piece.calls
-        if isinstance(piece, Part):
-            yield number, piece, [values[value] for value in piece.reads]
-        with torch.no_grad():
-            for call in calls:
-                invoke(call, values)
-        for value in [v for v in values if last.get(v, 0) <= number and v not in kept]:
-            del values[value]
-
-
-def _plain(part: Part) -> Replay:
-    return interpreted(Tape(part.reads, {}, part.calls, part.gives, {}))
-
-
-def _running(tape: Tape) -> Replay:
-    replay = interpreted(tape)
-
-    def run(*values: Tensor) -> Sequence[Tensor]:
-        refuse_recording()
-        return replay(*values)
-
-    return run
-
-
-def _stands_alone(tape: Tape, inputs: Sequence[Tensor]) -> bool:
-    """Whether a compiler sees all of the memory that is written: under one name only."""
-    memory = memory_of(tape, inputs)
-    given = Counter(memory[value] for value in (*tape.inputs, *tape.constants))
-    return all(given[memory[v]] <= 1 for call in tape.calls for v in written_by(call))
-
-
-def _overwritten(part: Part) -> set[Value]:
-    """What a part writes of what it reads, directly or through views."""
-    bases: dict[Value, Value] = {value: value for value in part.reads}
-    found: set[Value] = set()
-    for call in part.calls:
-        base = next(iter(call.reads()), None)
-        if base in bases and is_view_only(call):
-            bases |= {value: bases[base] for value in call.outputs if value is not None}
-        found |= {bases[value] for value in written_by(call) if value in bases}
-    return found & set(part.reads)
-
-
-def copied(value: Tensor) -> Tensor:
-    """A copy that lies in memory as the tensor does, where elements share memory, too."""
-    if not value.numel():
-        return value.detach().clone()
-    extent = 1 + sum((size - 1) * step for size, step in zip(value.shape, value.stride()))
-    flat = value.detach().as_strided((extent,), (1,)).clone()
-    return flat.as_strided(value.shape, value.stride())
-
-
-def _check(compiled: Replay, replay: Replay, inputs: Sequence[Tensor]) -> None:
-    """The compiled form gives and writes what the other does."""
-    found = []
-    for form in (compiled, replay):
-        own = [copied(value) for value in inputs]
-        try:
-            found.append([*form(*own), *own])
-        except Exception as error:  # of compiled code, whatever it raises
-            raise CompileError(f"{type(error).__name__}: {str(error)[:500]}") from error
-    left, right = found
-    for a, b in zip(left, right, strict=True):
-        close = _CLOSE.get(b.dtype, 0.05)
-        if a.shape != b.shape or not torch.allclose(a, b, rtol=close, atol=close, equal_nan=True):
-            raise CompileError("what Inductor made gives other values")
-
-
-def _seconds(functions: Sequence[Replay], inputs: Sequence[Tensor]) -> list[float]:
-    """Median seconds of each, in turn."""
-    times: list[list[float]] = [[] for _ in functions]
-    for _ in range(_ROUNDS):
-        for function, found in zip(functions, times):
-            started = time.perf_counter()
-            results = function(*inputs)
-            if results and results[0].is_cuda:
-                torch.cuda.synchronize(results[0].device)
-            found.append(time.perf_counter() - started)
-    return [statistics.median(found) for found in times]

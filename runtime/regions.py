@@ -165,12 +165,13 @@ class _Cutter:
         return found
 
 
-_UNSAID = frozenset({torch.ops.aten._unsafe_view.default})
+#: Views whose schemas do not say so.
+_UNSAID = frozenset({"aten::_unsafe_view"})
 
 
 def is_view_only(call: Call) -> bool:
     """Whether a call computes nothing, and writes nothing."""
-    return call.op in _UNSAID or (is_view(call) and not call.op._schema.is_mutable)
+    return call.op._schema.name in _UNSAID or (is_view(call) and not call.op._schema.is_mutable)
 
 
 def _fuses(call: Call) -> bool:

@@ -148,15 +148,15 @@ class Taped:
         if self._compiled is None:
             return replay
         _restore(self._buffers, before)
-        found = self._compiled(tape, replay, inputs)
-        if isinstance(found, Later):
-            current = found.meanwhile or replay
-            if not found.due(self._runs):
-                self._later = found
-                return current
-            _restore(self._buffers, before)
-            found = found.finish(self._runs, inputs, current) or found.meanwhile
-        return found or replay
+        made = self._compiled(tape, replay, inputs)
+        if not isinstance(made, Later):
+            return made or replay
+        current = made.meanwhile or replay
+        if not made.due(self._runs):
+            self._later = made
+            return current
+        _restore(self._buffers, before)
+        return made.finish(self._runs, inputs, current) or current
 
     def _swapped(self, later: Later, current: Replay, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """The step as it was run until now; its other form is tried from the same state."""

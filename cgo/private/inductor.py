@@ -40,7 +40,8 @@ def compiled(
 
 def loaded(path: str) -> Callable[..., Any]:
     """What `save` wrote. It is unpickled: a file that somebody else wrote can run any code."""
-    return torch._inductor.CompiledArtifact.load(path=path, format="binary")
+    artifact: Any = torch._inductor.CompiledArtifact  # type: ignore[attr-defined]
+    return artifact.load(path=path, format="binary")
 
 
 def settings() -> str:
