@@ -175,6 +175,15 @@ class Bound:
         return (self._step if self._trains else self._forward).settled
 
     @property
+    def waiting(self) -> bool:
+        """Whether its training step may still take another form."""
+        return self._step.waiting
+
+    def passed(self) -> bool:
+        """Count a step that was replayed elsewhere; True where the next one has to be run here."""
+        return self._step.passed()
+
+    @property
     def count(self) -> int:
         """How many results it gives."""
         return len(self.lowered.results)
@@ -196,10 +205,11 @@ class Bound:
         """One forward and backward: results, and gradients added to those of the sources.
 
         Buffers may already be written when it raises; with `undo`, `restore` takes that back.
+        Without, the step keeps its form: it is captured.
         """
         values = self._handed(leaves, drawn, undo)
         replayed = self._step.replaying
-        results = list(self._step(values))
+        results = list(self._step(values, keeps=not undo))
         if replayed:
             several = results[len(self.lowered.results) :]
             for position, gradient in zip(self._with_gradient, several, strict=True):
