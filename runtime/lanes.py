@@ -321,12 +321,21 @@ class MergedLanes:
         return outcomes
 
     def _evaluate(
-        self, models: Sequence[ModelId], leaves: Leaves, size: int, *, packed: bool
+        self,
+        models: Sequence[ModelId],
+        leaves: Leaves,
+        size: int,
+        *,
+        packed: bool,
+        single: Mapping[str, Tensor] | None = None,
     ) -> dict[ModelId, Outcome]:
+        """`single`: random tensors that were drawn for this step before."""
         bound: Bound | None = None
+        drawn: Drawn | None = None
         try:
             bound = self._bound(f"validation/{size}", models, packed=packed)
-            results = bound.evaluate(leaves, bound.draw())
+            drawn = bound.draw() if single is None else bound.together(single)
+            results = bound.evaluate(leaves, drawn)
             bound.commit(results)  # a module may keep count in evaluation mode, too
             return bound.outcomes(results)
         except Exception as error:
@@ -338,9 +347,10 @@ class MergedLanes:
         if packed and is_out_of_memory(failure) and self._divide(failure):
             self._packed_for = ()  # packed anew at the next batch
         accelerator_for(self.device).release()
+        single = None if drawn is None else singles([drawn])
         outcomes: dict[ModelId, Outcome] = {}
         for model in models:
-            outcomes |= self._evaluate([model], leaves, size, packed=False)
+            outcomes |= self._evaluate([model], leaves, size, packed=False, single=single)
         return outcomes
 
     def sync(self) -> None:
