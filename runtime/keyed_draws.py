@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -98,11 +98,21 @@ def fill(out: Tensor, draw: Draw, step: Tensor) -> None:
         numbers = _Numbers(draw.key, step, 0, len(out), out.dtype)
         out.copy_(torch.argsort(numbers.integers(), stable=True))
         return
+    if out.is_complex() and draw.distribution == "normal":
+        _fill_complex(out, draw, step)
+        return
     values = _VALUES[draw.distribution]
     for first in range(0, len(out), _CHUNK):
         part = out[first : first + _CHUNK]
         numbers = _Numbers(draw.key, step, first, len(part), out.dtype)
         part.copy_(values(numbers, **draw.parameters))
+
+
+def _fill_complex(out: Tensor, draw: Draw, step: Tensor) -> None:
+    """Real and imaginary parts are neighbouring elements, of half the variance each."""
+    std = draw.parameters.get("std", 1.0) / math.sqrt(2)
+    fill(torch.view_as_real(out).view(-1), replace(draw, parameters={"std": std}), step)
+    out.add_(draw.parameters.get("mean", 0.0))
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,13 @@ def test_the_end_of_a_range_is_not_drawn():
     assert float(drawn("exponential", {"rate": 1.0}, 20_000, torch.float32).min()) > 0
 
 
+def test_complex_numbers_are_pairs_of_half_the_variance():
+    given = {"mean": 0.5, "std": 2.0}
+    found = drawn("normal", given, dtype=torch.complex128)
+    parts = drawn("normal", {"std": 2**0.5}, count=2 * len(found)).view(-1, 2)
+    torch.testing.assert_close(torch.view_as_real(found - 0.5), parts)
+
+
 def test_an_unknown_distribution_is_refused():
     with pytest.raises(GraphError, match="unknown distribution 'poisson'"):
         check(Draw("poisson", {}, 0))
