@@ -3,10 +3,15 @@
 The loop is the oracle's; its random numbers are `support.keyed`'s, which NumPy computes.
 """
 
+import re
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
+import torch
+from support import nets
+from support.data import arrays
 from support.keyed import KeyedStreams
 from support.merged import Case, Merged, assert_equal_float64
 
@@ -17,6 +22,7 @@ from cgo.runtime.bound import Bound
 from cgo.runtime.triton_kernels import installed
 from cgo.user_code import Terminated
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "random.md"
 KEYED = cgo.Tuning(measure=False, tape=True, streams="keyed")
 TRAINING = {"epochs": 2, "precision": "float64", "optimizer_kwargs": {"lr": 0.05, "momentum": 0.9}}
 
@@ -124,3 +130,23 @@ def test_a_resumed_model_goes_on_in_its_streams(alone, tmp_path):
     for case in FEW:
         assert merged.losses[case.id] == pytest.approx(alone[case.id].losses[5:], rel=1e-9)
         assert len(merged.losses[case.id]) == 5
+
+
+def test_the_documented_loop_gives_what_the_trial_gives(tmp_path):
+    training = TRAINING | {"optimizer_kwargs": {"lr": 0.1}}
+    case = replace(FEW[0], training=training)
+    merged = Merged([case], tmp_path, tuning=KEYED)
+    (source,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.S)
+    names = {}
+    exec(source, names)
+    (inputs, targets), _ = arrays()
+
+    def batches(epoch):
+        order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(epoch))
+        for batch in order.split(case.batch_size):
+            yield inputs[batch].double(), targets[batch]
+
+    torch.manual_seed(case.seed)
+    net = nets.mlp(**case.kwargs).double()
+    loss = names["train_alone"](net, case.seed, batches, epochs=training["epochs"])
+    assert merged.losses[case.id][-1] == pytest.approx(float(loss.detach()), rel=1e-9)
