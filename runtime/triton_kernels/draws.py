@@ -35,6 +35,17 @@ def _place(tiles, segments, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _store(out, fields, elements, values, ALIGNED: tl.constexpr):
+    """Write a tile's values; by several at once where all lanes begin and end at multiples of 4."""
+    start = tl.load(fields)
+    end = tl.load(fields + 1)
+    if ALIGNED:
+        start = tl.multiple_of(start, 4)
+        end = tl.multiple_of(end, 4)
+    tl.store(out + start + elements, values.to(out.dtype.element_ty), mask=elements < end)
+
+
+@triton.jit
 def _words(fields, counts, blocks):
     """Four words for each block of the stream, at its step."""
     key = tl.load(fields + 2)
@@ -61,7 +72,7 @@ def _fraction(high, low):
 @triton.jit
 def _masks(
     out, tiles, segments, numbers, counts, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     row, fields, tile = _place(tiles, segments, COLUMNS)
     blocks = tile * BLOCKS + tl.arange(0, BLOCKS)
@@ -72,14 +83,13 @@ def _masks(
     if not WIDE:
         value = value.to(tl.float32)
     drawn = tl.where(words.to(tl.int64) < tl.load(fields + 5), value, value * 0.0)
-    place = out + tl.load(fields) + elements
-    tl.store(place, drawn.to(out.dtype.element_ty), mask=elements < tl.load(fields + 1))
+    _store(out, fields, elements, drawn, ALIGNED)
 
 
 @triton.jit
 def _uniforms(
     out, tiles, segments, numbers, counts, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     row, fields, tile = _place(tiles, segments, COLUMNS)
     blocks = tile * BLOCKS + tl.arange(0, BLOCKS)
@@ -98,14 +108,13 @@ def _uniforms(
         low = low.to(tl.float32)
         end = end.to(tl.float32)
     value = tl.where(value >= end, low, value)
-    place = out + tl.load(fields) + elements
-    tl.store(place, value.to(out.dtype.element_ty), mask=elements < tl.load(fields + 1))
+    _store(out, fields, elements, value, ALIGNED)
 
 
 @triton.jit
 def _normals(
     out, tiles, segments, numbers, counts, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     row, fields, tile = _place(tiles, segments, COLUMNS)
     elements = tile * BLOCKS + tl.arange(0, BLOCKS)
@@ -122,8 +131,7 @@ def _normals(
         std = std.to(tl.float32)
         turn = turn.to(tl.float32)
     value = mean + std * (tl.sqrt(-2.0 * tl.log(u)) * tl.cos(v * turn))
-    place = out + tl.load(fields) + elements
-    tl.store(place, value.to(out.dtype.element_ty), mask=elements < tl.load(fields + 1))
+    _store(out, fields, elements, value, ALIGNED)
 
 
 _KERNELS = {"masks": _masks, "uniforms": _uniforms, "normals": _normals}
@@ -172,6 +180,7 @@ class Table:
             rows.append([*place, _limit(segment.draw)])
             tiles += [row] * -(-segment.elements // size)
         numbers = [_numbers(segment.draw, dtype) for segment in segments]
+        self._aligned = all(s.start % 4 == s.elements % 4 == 0 for s in segments)
         self._tiles = torch.tensor(tiles, dtype=torch.int32, device=device)
         self._segments = torch.tensor(rows, dtype=torch.int64, device=device)
         self._numbers = torch.tensor(numbers, dtype=torch.float64, device=device)
@@ -184,7 +193,7 @@ class Table:
             counts: The steps, int64, by slot.
         """
         tables = self._tiles, self._segments, self._numbers
-        torch.ops.cgo.keyed_draws(out, *tables, counts, self.kind)
+        torch.ops.cgo.keyed_draws(out, *tables, counts, self.kind, self._aligned)
 
 
 def _elements_a_tile(kind: str, dtype: torch.dtype) -> int:
@@ -212,7 +221,13 @@ def _numbers(draw: Draw, dtype: torch.dtype) -> tuple[float, float, float]:
 
 
 def _launch(
-    out: Tensor, tiles: Tensor, segments: Tensor, numbers: Tensor, counts: Tensor, kind: str
+    out: Tensor,
+    tiles: Tensor,
+    segments: Tensor,
+    numbers: Tensor,
+    counts: Tensor,
+    kind: str,
+    aligned: bool,
 ) -> None:
     with torch.cuda.device_of(out):
         _KERNELS[kind][(len(tiles),)](
@@ -224,6 +239,7 @@ def _launch(
             COLUMNS=_COLUMNS,
             BLOCKS=_BLOCKS,
             WIDE=is_wide(out.dtype),
+            ALIGNED=aligned,
             enable_fp_fusion=False,  # the numbers would depend on what the compiler contracts
         )
 
@@ -231,6 +247,6 @@ def _launch(
 _LIBRARY = torch.library.Library("cgo", "FRAGMENT")
 _LIBRARY.define(
     "keyed_draws(Tensor(a!) out, Tensor tiles, Tensor segments, Tensor numbers, Tensor counts, "
-    "str kind) -> ()"
+    "str kind, bool aligned) -> ()"
 )
 _LIBRARY.impl("keyed_draws", _launch, "CompositeExplicitAutograd")

@@ -1,5 +1,9 @@
 """Draws of all lanes in one launch: the numbers of the streams' definition."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -69,6 +73,52 @@ def test_only_floating_numbers_of_three_distributions_have_kernels():
                      "normal": "normals", "cauchy": None, "randint": None}  # fmt: skip
     assert kind_of(Draw("bernoulli", {}, 0), torch.int64) is None
     assert kind_of(Draw("uniform", {}, 0), torch.bfloat16) is None
+
+
+def test_lanes_that_begin_and_end_at_multiples_of_four_are_filled_the_same():
+    draws = [Draw("dropout", {"p": 0.3}, stream_key(1, order, 0)) for order in range(2)]
+    counts = torch.tensor([4], device=device_of())
+    found = torch.full((2048,), 9.0, device=device_of())
+    segments = [Segment(0, 1028, draws[0], 0), Segment(1028, 1020, draws[1], 0)]
+    Table("masks", segments, found.dtype, found.device).fill(found, counts)
+    wanted = torch.empty_like(found)
+    for segment in segments:
+        fill(wanted[segment.start :][: segment.elements], segment.draw, counts[0])
+    assert torch.equal(found, wanted)
+
+
+#: Compiles for an H100 and prints the assembly: that takes no device, but a process of its own,
+#: as kernels are compiled or interpreted from when they are defined.
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from cgo.runtime.triton_kernels import draws
+
+types = dict(out="*fp32", tiles="*i32", segments="*i64", numbers="*fp64", counts="*i64")
+given = dict(COLUMNS=6, BLOCKS=256, WIDE=False, ALIGNED=True)
+for kernel in draws._KERNELS.values():
+    source = ASTSource(kernel, types | dict.fromkeys(given, "constexpr"), given,
+                       {(i,): [["tt.divisibility", 16]] for i in range(5)})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32),
+                              options={"enable_fp_fusion": False})
+    assert compiled.asm["cubin"]
+    print(compiled.asm["ptx"], "// end of kernel")
+"""
+
+
+def test_kernels_compile_for_a_gpu(tmp_path):
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=env | {"TRITON_CACHE_DIR": str(tmp_path)},
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    masks, uniforms, normals, _ = done.stdout.split("// end of kernel")
+    for kernel in (masks, uniforms):  # four elements a store
+        assert kernel.count("st.global.v4.b32") == kernel.count("st.global") == 2
+    assert "st.global.v2.b32" in normals
+    assert "fma.rn.f64" not in uniforms  # the range's numbers are the same to the bit
 
 
 @pytest.mark.gpu
