@@ -18,6 +18,7 @@ from cgo.runtime.builder import Source
 from cgo.runtime.choice import Choice
 from cgo.runtime.data import Leaves
 from cgo.runtime.gradients import Place
+from cgo.runtime.keyed_streams import KeyedDraws, Streams
 from cgo.runtime.lower import Lowered
 from cgo.runtime.member import Member
 from cgo.runtime.operators import Fill, empty, filler
@@ -65,6 +66,7 @@ class Bound:
         name: str,
         models: Sequence[ModelId],
         scaling: Scaling | None,
+        streams: Streams | None = None,
     ) -> None:
         self.lowered = lowered
         self._members, self._packed = members, packed
@@ -89,7 +91,13 @@ class Bound:
                 if value.requires_grad and learning.isdisjoint(homes(node)):
                     self._idle.append((position, value))
             self._values.append(value)
-        self._draws = self._plan_draws()
+        self._keyed: KeyedDraws | None = None
+        self._draws: list[tuple[tuple[str, ...], int | None, Fill, torch.Generator]] = []
+        if streams is None:
+            self._draws = self._plan_draws()
+        else:
+            random = [source for _, source in self._random]
+            self._keyed = KeyedDraws(random, streams, models, name.partition("/")[0])
         self.losses = [
             (position, result)
             for position, result in enumerate(lowered.results)
@@ -149,6 +157,8 @@ class Bound:
 
     def draw(self) -> Drawn:
         """This step's random tensors, each model's from its own stream in its own order."""
+        if self._keyed is not None:
+            return self._keyed()
         drawn: dict[tuple[str, ...], Tensor] = {}
         for _, source in self._random:
             type_ = source.nodes[0].types[0]
@@ -190,7 +200,7 @@ class Bound:
 
     @property
     def generators(self) -> list[torch.Generator]:
-        """What it draws from, each once."""
+        """What it draws from, each once; keyed streams are none."""
         return list({id(generator): generator for *_, generator in self._draws}.values())
 
     def outcomes(self, results: Sequence[Tensor]) -> dict[ModelId, Outcome]:
