@@ -212,6 +212,8 @@ class Simulation:
 class SimulatedTimer(Timer):
     """Measures on a simulated device."""
 
+    separates = True  # nothing has values there
+
     def __init__(self, simulation: Simulation, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._simulation = simulation

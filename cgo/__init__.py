@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     )
     from cgo.model import DataSpec, Model, ModelStatus, TrainingSpec, best
     from cgo.passes.batch_operators import BatchOperators
+    from cgo.runtime.plain_streams import KeyedStreams
     from cgo.store import Experiment, open_experiment
     from cgo.tuning import Tuning
 
@@ -33,6 +34,7 @@ _HOME = {
     "DataSpec": "cgo.model",
     "Experiment": "cgo.store",
     "GraphData": "cgo.graph_data",
+    "KeyedStreams": "cgo.runtime.plain_streams",
     "MetricData": "cgo.interface",
     "Model": "cgo.model",
     "ModelStatus": "cgo.model",
@@ -54,6 +56,7 @@ __all__ = [
     "DataSpec",
     "Experiment",
     "GraphData",
+    "KeyedStreams",
     "MetricData",
     "Model",
     "ModelStatus",

@@ -46,6 +46,10 @@ class Tuning:
         kernels: Kernels of our own, in Triton. None: on a GPU where Triton is, wherever they are
             faster by measurement. True: by Triton's interpreter on a CPU, too, which is for tests.
             False: nowhere.
+        streams: Where the random tensors of merged models come from: "generator", a generator for
+            each model, as in a plain loop after `torch.manual_seed(seed)`; or "keyed", streams that
+            are functions of model, operator, step and element alone, drawn for all models by one
+            kernel (docs/random.md). None: keyed on a GPU, generators on a CPU.
         tf32: Whether CUDA may compute float32 products and convolutions in TF32, with a mantissa
             of 10 bits, while the trial trains. None: as torch is set, which is convolutions only.
         memory_bytes: Of each device, for what training takes on top of parameters and buffers:
@@ -79,6 +83,7 @@ class Tuning:
     compile: bool | Literal["inductor"] | None = None
     capture: bool | None = None
     kernels: bool | None = None
+    streams: Literal["generator", "keyed"] | None = None
     tf32: bool | None = None
     memory_bytes: int | None = None
     store_stems: bool | None = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import statistics
 import time
 import traceback
@@ -26,6 +27,8 @@ from torch import Tensor
 from cgo.errors import CgoError
 from cgo.private.graph_pools import abandon
 from cgo.runtime.tape import TapeError, record_body
+
+log = logging.getLogger(__name__)
 
 #: Of a device's free memory, what models are planned to take.
 FILLED = 0.9
@@ -50,6 +53,8 @@ class Accelerator(Protocol):
     """A device as the runtime uses it."""
 
     device: torch.device
+    #: Whether its kernels are known to keep the members of a group apart, whatever their values.
+    separates: bool
 
     def capture(
         self, body: Callable[[], Sequence[Tensor]], generators: Sequence[torch.Generator] = ()
@@ -137,6 +142,8 @@ def without_frames(error: Exception) -> Exception:
 class Host:
     """The CPU: bodies are written down call by call, branches run one after another."""
 
+    separates = True  # every kernel that forms call has been tried with NaN in one lane
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.capturing = False
@@ -196,6 +203,8 @@ class Host:
 
 class Cuda:
     """One CUDA device. Graphs of one device share a memory pool: they never run at once."""
+
+    separates = False  # cuDNN chooses among hundreds, by device and shape
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -286,10 +295,13 @@ class Cuda:
         for generator in generators:
             graph.register_generator_state(generator)
         place = torch.zeros((), device=self.device)
-        with torch.cuda.graph(
-            graph, stream=self._capture_stream, capture_error_mode="thread_local"
-        ):
-            place.add_(1)
+        try:
+            with torch.cuda.graph(
+                graph, stream=self._capture_stream, capture_error_mode="thread_local"
+            ):
+                place.add_(1)
+        except RuntimeError as error:  # a device that captures nothing has not told them anything
+            log.warning("%s captures no graphs: %s", self.device, str(error).partition("\n")[0])
 
     def side_by_side(self, branches: Sequence[Callable[[], None]]) -> None:
         """Fork, one branch on the current stream and the others beside it, and join."""

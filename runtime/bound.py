@@ -18,6 +18,7 @@ from cgo.runtime.builder import Source
 from cgo.runtime.choice import Choice
 from cgo.runtime.data import Leaves
 from cgo.runtime.gradients import Place
+from cgo.runtime.keyed_streams import KeyedDraws, Streams
 from cgo.runtime.lower import Lowered
 from cgo.runtime.member import Member
 from cgo.runtime.operators import Fill, empty, filler
@@ -65,6 +66,7 @@ class Bound:
         name: str,
         models: Sequence[ModelId],
         scaling: Scaling | None,
+        streams: Streams | None = None,
     ) -> None:
         self.lowered = lowered
         self._members, self._packed = members, packed
@@ -89,7 +91,13 @@ class Bound:
                 if value.requires_grad and learning.isdisjoint(homes(node)):
                     self._idle.append((position, value))
             self._values.append(value)
-        self._draws = self._plan_draws()
+        self._keyed: KeyedDraws | None = None
+        self._draws: list[tuple[tuple[str, ...], int | None, Fill, torch.Generator]] = []
+        if streams is None:
+            self._draws = self._plan_draws()
+        else:
+            random = [source for _, source in self._random]
+            self._keyed = KeyedDraws(random, streams, models, name.partition("/")[0])
         self.losses = [
             (position, result)
             for position, result in enumerate(lowered.results)
@@ -149,6 +157,8 @@ class Bound:
 
     def draw(self) -> Drawn:
         """This step's random tensors, each model's from its own stream in its own order."""
+        if self._keyed is not None:
+            return self._keyed()
         drawn: dict[tuple[str, ...], Tensor] = {}
         for _, source in self._random:
             type_ = source.nodes[0].types[0]
@@ -175,13 +185,22 @@ class Bound:
         return (self._step if self._trains else self._forward).settled
 
     @property
+    def waiting(self) -> bool:
+        """Whether its training step may still take another form."""
+        return self._step.waiting
+
+    def passed(self) -> bool:
+        """Count a step that was replayed elsewhere; True where the next one has to be run here."""
+        return self._step.passed()
+
+    @property
     def count(self) -> int:
         """How many results it gives."""
         return len(self.lowered.results)
 
     @property
     def generators(self) -> list[torch.Generator]:
-        """What it draws from, each once."""
+        """What it draws from, each once; keyed streams are none."""
         return list({id(generator): generator for *_, generator in self._draws}.values())
 
     def outcomes(self, results: Sequence[Tensor]) -> dict[ModelId, Outcome]:
@@ -196,10 +215,11 @@ class Bound:
         """One forward and backward: results, and gradients added to those of the sources.
 
         Buffers may already be written when it raises; with `undo`, `restore` takes that back.
+        Without, the step keeps its form: it is captured.
         """
         values = self._handed(leaves, drawn, undo)
         replayed = self._step.replaying
-        results = list(self._step(values))
+        results = list(self._step(values, keeps=not undo))
         if replayed:
             several = results[len(self.lowered.results) :]
             for position, gradient in zip(self._with_gradient, several, strict=True):

@@ -55,6 +55,8 @@ class _Training(_Step):
     sums: Tensor  # of the losses times samples since they were last taken, float64
     gradients: list[tuple[Tensor, Tensor]]  # of the last replay, of leaves and parameters
     signature: list[Any]  # of the optimizer step
+    waiting: list[Bound]  # programs that may take another form
+    over: bool = False  # as one of them is to take it
     samples: int = 0  # that the sums are of
 
 
@@ -97,9 +99,13 @@ class CapturedLanes:
         """Take one whole training step, if it is captured; else it has to be taken eagerly."""
         key = "train", size, tuple(models)
         updates = self._ready(key)
+        step = self._training.get(key)
+        if step is not None and step.over:  # once eagerly, in the other form; then captured anew
+            self._count(self._training.pop(key), key[2])
+            self._captures[key] -= 1
+            return False
         if updates is None or not updates.prepare_again():
             return False
-        step = self._training.get(key)
         if step is not None and step.signature != updates.signature:
             self._count(self._training.pop(key), key[2])
             step = None
@@ -111,6 +117,8 @@ class CapturedLanes:
         step.fill(leaves)
         step.captured.replay()
         step.samples += size
+        if step.waiting:
+            step.over = any([bound.passed() for bound in step.waiting])
         return True
 
     def finish(self, models: Sequence[ModelId], size: int) -> dict[ModelId, Exception]:
@@ -216,7 +224,8 @@ class CapturedLanes:
             return None
         losses, *gradients = captured.results
         pairs = list(zip(learning, gradients))
-        step = _Training(captured, batch, losses, sums, pairs, updates.signature)
+        waiting = [bound for bound in bounds if bound.waiting]
+        step = _Training(captured, batch, losses, sums, pairs, updates.signature, waiting)
         self._training[key] = step
         return step
 

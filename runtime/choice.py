@@ -33,6 +33,7 @@ from cgo.operators import aten
 from cgo.runtime.device_profile import CPU, DeviceProfile
 from cgo.runtime.emitter import runs
 from cgo.runtime.tape import Replay, Tape
+from cgo.runtime.taped import Later
 
 #: What operators give that are not worth staying together for.
 _CHEAP_BYTES = 1024
@@ -52,9 +53,9 @@ _MARGIN = 0.1
 #: Marks the name of a group that is executed as a loop.
 LOOP = "~"
 
-#: Makes another form of a step from its name, its tape, its replay and one step's inputs; None
-#: where the replay is to be kept.
-Improve = Callable[[str, Tape, Replay, Sequence[Tensor]], "Replay | None"]
+#: Makes another form of a step from its name, its tape, its replay and one step's inputs, now or
+#: later; None where the replay is to be kept.
+Improve = Callable[[str, Tape, Replay, Sequence[Tensor]], Replay | Later | None]
 
 #: What such groups are executed by, beside the names of forms.
 LOOPED = "loop"

@@ -71,6 +71,7 @@ class Cohort:
                 choose=choose,
                 observer=self._observer,
                 tell=self._tell,
+                tuning=choose.tuning,
             )
             for device, choose in self._tuners.items()
         ]

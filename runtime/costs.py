@@ -43,7 +43,7 @@ from cgo.runtime.gradients import learning_refs
 from cgo.runtime.layouts import IMAGES, gather, to_channels, unstack
 from cgo.runtime.precision import autocasting, tf32_key
 from cgo.runtime.tape import Replay, TapeError, compile_tape, interpreted, record
-from cgo.tuning import CHANNELS, STACKED
+from cgo.tuning import CHANNELS, LANES, STACKED
 
 log = logging.getLogger(__name__)
 
@@ -290,6 +290,26 @@ def _short(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class Given:
+    """A tensor that a group reads."""
+
+    type: TensorType  # of a member's
+    shape: tuple[int, ...]
+    learns: bool
+    images: bool
+    layout: str  # of members' lanes in it; "lanes": it is one member's, or all read the same
+
+
+@dataclass(frozen=True)
+class Built:
+    """A group as a function of what it reads."""
+
+    function: Callable[..., Sequence[Tensor]]
+    given: Sequence[Given]
+    layouts: Sequence[str]  # of its results
+
+
 class Timer:
     """Measures groups of a graph on a device.
 
@@ -320,13 +340,14 @@ class Timer:
         """Whether images have channels last where they would not by themselves."""
         return self._last and self._device.type != "cpu"
 
+    @property
+    def separates(self) -> bool:
+        """Whether the device's kernels are known to keep the members of a group apart."""
+        return accelerator_for(self._device).separates
+
     def applies(self, nodes: Sequence[Node], way: Way) -> bool:
         """Whether a group can be executed one way."""
-        emitter = Emitter(self._device, self.types, _once(nodes), self._last)
-        builder = Builder(emitter, nodes[0].autocast)
-        group = make_group(nodes, self.types)
-        self._given(emitter, group, way)
-        return builder.write_way(group, way) is not None
+        return self.built(nodes, way) is not None
 
     def timed(self, function: Callable[..., Sequence[Tensor]], sets: list[list[Tensor]]) -> float:
         """Median seconds of a forward and backward over values, which are given several times."""
@@ -357,21 +378,34 @@ class Timer:
         Whatever it raises, running out of memory or a backward that an operator does not have,
         is raised by this way of executing the group alone: another is chosen.
         """
+        built = self.built(nodes, way)
+        if built is None:
+            return math.inf
+        size = sum(math.prod(given.shape) * 4 for given in built.given)
+        sets = max(1, min(_MOST_SETS, int(_ROTATED_BYTES / max(size, 1))))
+        try:
+            return self.timed(built.function, [self.values(built.given) for _ in range(sets)])
+        except Exception as error:
+            log.debug("%s as %s cannot be measured: %s", nodes[0].op, way, without_frames(error))
+            return math.inf  # another way, or the rules
+
+    def built(self, nodes: Sequence[Node], way: Way) -> Built | None:
+        """A group executed one way, as a function; None where that is impossible."""
         group = make_group(nodes, self.types)
         emitter = Emitter(self._device, self.types, _once(nodes), self._last)
         builder = Builder(emitter, nodes[0].autocast)
         given = self._given(emitter, group, way)
         results = builder.write_way(group, way)
         if results is None:
-            return math.inf
+            return None
+        packed = [emitter.packed(group.refs(i)[0]) for i in range(len(group.types))]
+        layouts = {value.node: value.layout for value in packed if value is not None}
         function = self._under(nodes[0].autocast, builder.compiled(results))
-        size = sum(math.prod(shape) * 4 for _, shape, _, _ in given)
-        sets = max(1, min(_MOST_SETS, int(_ROTATED_BYTES / max(size, 1))))
-        try:
-            return self.timed(function, [[self._value(g) for g in given] for _ in range(sets)])
-        except Exception as error:
-            log.debug("%s as %s cannot be measured: %s", nodes[0].op, way, without_frames(error))
-            return math.inf  # another way, or the rules
+        return Built(function, given, [layouts.get(node, LANES) for node in results])
+
+    def values(self, given: Sequence[Given]) -> list[Tensor]:
+        """Random values of what a group reads."""
+        return [self._value(one) for one in given]
 
     def _under(
         self, setting: str | None, function: Callable[..., Sequence[Tensor]]
@@ -386,31 +420,29 @@ class Timer:
 
         return run
 
-    def _given(
-        self, emitter: Emitter, group: Group, way: Way
-    ) -> list[tuple[TensorType, tuple[int, ...], bool, bool]]:
-        """What the group reads as placeholders: type, shape, whether it learns and is an image."""
-        found: list[tuple[TensorType, tuple[int, ...], bool, bool]] = []
+    def _given(self, emitter: Emitter, group: Group, way: Way) -> list[Given]:
+        """What the group reads, as placeholders."""
+        found: list[Given] = []
         done: set[Any] = set()
 
         def take(
-            type_: TensorType, shape: tuple[int, ...], refs: Sequence[Ref], images: bool
+            column: Column, shape: tuple[int, ...], refs: Sequence[Ref], layout: str
         ) -> fx.Node:
-            found.append((type_, shape, self._learns(refs), images))
+            images = column.ndim == IMAGES and column.refs[0].name not in self._sources
+            found.append(Given(column.type, shape, self._learns(refs), images, layout))
             return emitter.graph.placeholder(f"s{len(found)}")
 
         for column in group.columns:
             if column.refs in done:
                 continue
             done.add(column.refs)
-            images = column.ndim == IMAGES and column.refs[0].name not in self._sources
             if column.shared or way.form == LOOPED:
                 for ref in dict.fromkeys(column.refs):
-                    emitter.set(ref, take(column.type, column.shape, [ref], images))
+                    emitter.set(ref, take(column, column.shape, [ref], LANES))
                 continue
             layout = self._layout(column, way)
             shape = _packed_shape(column.shape, len(column.refs), layout)
-            packed = Packed(take(column.type, shape, column.refs, images), layout)
+            packed = Packed(take(column, shape, column.refs, layout), layout)
             emitter.set_packed(column.refs, packed)
             if column.refs[0].name in self._sources:
                 emitter.sources.add(id(packed))
@@ -424,17 +456,16 @@ class Timer:
         """Whether values carry a gradient, alone or as lanes of one."""
         return not self._learning.isdisjoint(refs)
 
-    def _value(self, given: tuple[TensorType, tuple[int, ...], bool, bool]) -> Tensor:
-        type_, shape, learns, images = given
-        dtype = getattr(torch, type_.dtype)
+    def _value(self, given: Given) -> Tensor:
+        dtype, shape = getattr(torch, given.type.dtype), given.shape
         if not dtype.is_floating_point:
             return torch.zeros(shape, dtype=dtype, device=self._device)
-        if images and self._last:  # behind an axis of members or not
+        if given.images and self._last:  # behind an axis of members or not
             last = (*shape[:-3], *shape[-2:], shape[-3])
             value = torch.rand(last, dtype=dtype, device=self._device).movedim(-1, -3)
         else:
             value = torch.rand(shape, dtype=dtype, device=self._device)
-        return value.requires_grad_(learns)
+        return value.requires_grad_(given.learns)
 
 
 def _once(nodes: Sequence[Node]) -> Counter[Any]:

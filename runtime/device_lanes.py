@@ -18,6 +18,7 @@ from cgo.runtime.lanes import MergedLanes
 from cgo.runtime.member import Member
 from cgo.runtime.opaque import OpaqueLane
 from cgo.runtime.tuning import Chooser
+from cgo.tuning import Tuning
 
 #: Steps between two looks at the losses on a GPU, where steps are eager.
 _LOOK_EVERY = 64
@@ -46,6 +47,7 @@ class DeviceLanes:
         choose: Chooses how they are executed.
         observer: Sees every step.
         tell: Hears what was captured, as JSON values.
+        tuning: Where random tensors come from, and by which kernels.
     """
 
     def __init__(
@@ -58,11 +60,12 @@ class DeviceLanes:
         choose: Chooser | None = None,
         observer: Observer | None = None,
         tell: Callable[..., None] = lambda what, **figures: None,
+        tuning: Tuning | None = None,
     ) -> None:
         self.device, self.members = device, {member.id: member for member in members}
         merged = [member for member in members if member.entry.opaque is None]
         on_device = {content: value.to(device) for content, value in constants.items()}
-        self.merged = MergedLanes(graph, merged, on_device, device, choose, tell)
+        self.merged = MergedLanes(graph, merged, on_device, device, choose, tell, tuning)
         self._accelerator = accelerator_for(device)
         shown = observer is not None
         self._captured = CapturedLanes(self.merged, self._accelerator, tell, gradients=shown)

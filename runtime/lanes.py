@@ -21,6 +21,7 @@ from cgo.runtime.choice import Choice, divided, rules_for
 from cgo.runtime.data import Leaves
 from cgo.runtime.fitting import fit
 from cgo.runtime.gradients import learning_places
+from cgo.runtime.keyed_streams import Streams
 from cgo.runtime.lower import lower
 from cgo.runtime.member import Member
 from cgo.runtime.memory import Cache
@@ -28,6 +29,7 @@ from cgo.runtime.packing import PackedState, plan_packs, release
 from cgo.runtime.scaling import Scaling
 from cgo.runtime.tuning import Chooser
 from cgo.runtime.updates import Updates
+from cgo.tuning import Tuning
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ class MergedLanes:
         device: torch.device,
         choose: Chooser | None = None,
         tell: Callable[..., None] = lambda what, **figures: None,
+        tuning: Tuning | None = None,
     ) -> None:
         self.members = {member.id: member for member in members}
         self._graph = graph
@@ -60,6 +63,7 @@ class MergedLanes:
         self._packed = PackedState((), self.members)
         self.updates: Updates | None = None  # None: each model's own optimizer takes the step
         self.scaling = Scaling.of({member.id: member.scale for member in members})
+        self._streams = Streams.of(self.members, graph, device, tuning or Tuning())
         self._programs: dict[tuple[str, tuple[ModelId, ...], bool], Bound] = {}
 
     def train(self, models: Sequence[ModelId], leaves: Leaves, size: int) -> dict[ModelId, Outcome]:
@@ -321,12 +325,21 @@ class MergedLanes:
         return outcomes
 
     def _evaluate(
-        self, models: Sequence[ModelId], leaves: Leaves, size: int, *, packed: bool
+        self,
+        models: Sequence[ModelId],
+        leaves: Leaves,
+        size: int,
+        *,
+        packed: bool,
+        single: Mapping[str, Tensor] | None = None,
     ) -> dict[ModelId, Outcome]:
+        """`single`: random tensors that were drawn for this step before."""
         bound: Bound | None = None
+        drawn: Drawn | None = None
         try:
             bound = self._bound(f"validation/{size}", models, packed=packed)
-            results = bound.evaluate(leaves, bound.draw())
+            drawn = bound.draw() if single is None else bound.together(single)
+            results = bound.evaluate(leaves, drawn)
             bound.commit(results)  # a module may keep count in evaluation mode, too
             return bound.outcomes(results)
         except Exception as error:
@@ -338,19 +351,23 @@ class MergedLanes:
         if packed and is_out_of_memory(failure) and self._divide(failure):
             self._packed_for = ()  # packed anew at the next batch
         accelerator_for(self.device).release()
+        single = None if drawn is None else singles([drawn])
         outcomes: dict[ModelId, Outcome] = {}
         for model in models:
-            outcomes |= self._evaluate([model], leaves, size, packed=False)
+            outcomes |= self._evaluate([model], leaves, size, packed=False, single=single)
         return outcomes
 
     def sync(self) -> None:
-        """Bring each model's own optimizer up to date, for a checkpoint."""
+        """Bring each model's own optimizer and state up to date, for a checkpoint."""
         if self.updates is not None:
             self.updates.sync()
+        if self._streams is not None:
+            self._streams.store()
 
     def _drop_updates(self) -> None:
         """Go back to the models' own optimizers."""
-        self.sync()
+        if self.updates is not None:
+            self.updates.sync()
         self.updates = None
 
     def _pack(self, models: Sequence[ModelId]) -> None:
@@ -398,7 +415,7 @@ class MergedLanes:
             )
             where = f"{program}/{','.join(models)}"
             given = lowered, self.members, self._constants, state, self._learning, chosen, where
-            bound = Bound(*given, models=models, scaling=self.scaling)
+            bound = Bound(*given, models=models, scaling=self.scaling, streams=self._streams)
             self._programs[key] = bound
         return bound
 

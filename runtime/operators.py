@@ -48,12 +48,17 @@ def batch_norm_copying(
 
 def filler(node: Node) -> Fill:
     """How to draw what a `cgo.random` node stands for, as the eager operator would."""
-    given = dict(node.kwargs)
-    fill = _FILLS.get(str(given["distribution"]))
+    distribution = node.keyword("distribution")
+    fill = _FILLS.get(str(distribution))
     if fill is None:
-        raise GraphError(f"%{node.name}: unknown distribution {given['distribution']!r}")
+        raise GraphError(f"%{node.name}: unknown distribution {distribution!r}")
+    return fill(**parameters_of(node))
+
+
+def parameters_of(node: Node) -> dict[str, Any]:
+    """Of the distribution that a `cgo.random` node draws from."""
     names = ("distribution", "order", "model")
-    return fill(**{key: value for key, value in given.items() if key not in names})
+    return {key: value for key, value in node.kwargs if key not in names}
 
 
 def _dropout(p: float) -> Fill:

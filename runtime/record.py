@@ -23,6 +23,7 @@ from cgo.passes.sharing import argument_key
 from cgo.paths import read_plain
 from cgo.runtime.choice import Choice
 from cgo.runtime.costs import CostTable, device_key
+from cgo.runtime.verdicts import Decision, Swap, decision_of
 from cgo.tuning import CHANNELS, LANES, STACKED
 
 log = logging.getLogger(__name__)
@@ -61,24 +62,31 @@ class Memory:
         kept = self._table.remember(self._key, {"options": rows, "last": last}, anew=anew)
         return _found(kept) or (dict(options), last)
 
-    def compiled(self, record: Record | None) -> Callable[[str], bool | None]:
-        """Tells whether a step was compiled: as the trial's own record has it, or as here."""
+    def compiled(self, record: Record | None) -> Callable[[str], Decision | None]:
+        """Tells how a step was compiled: as the trial's own record has it, or as here."""
 
-        def known(step: str) -> bool | None:
+        def known(step: str) -> Decision | None:
             if record is not None and step in record.compiled:
                 return record.compiled[step]
             found = None if self._anew else self._table.recall(self._step(step))
-            return None if found is None else bool(found)
+            decision = decision_of(found)
+            if found is not None and decision is None:
+                log.warning("a remembered decision on compiling has another form; it is made again")
+            return decision
 
         return known
 
-    def settling(self, record: Record | None) -> Callable[[str, bool], None]:
-        """Keeps whether a step is compiled, here and in the trial's record."""
+    def settling(self, record: Record | None) -> Callable[[str, Decision], None]:
+        """Keeps how a step is compiled, here and in the trial's record."""
+        own: set[str] = set()  # steps that this trial decides on
 
-        def settle(step: str, compiled: bool) -> None:
-            self._table.remember(self._step(step), compiled, anew=self._anew)
+        def settle(step: str, decision: Decision) -> None:
+            value = decision.as_json() if isinstance(decision, Swap) else decision
+            anew = self._anew or step in own
+            if self._table.remember(self._step(step), value, anew=anew) == value:
+                own.add(step)
             if record is not None:
-                record.settle(step, compiled)
+                record.settle(step, decision)
 
         return settle
 
@@ -128,7 +136,7 @@ class Record:
         self._path, self._device = path, device_key(device)
         self._choices: dict[str, dict[str, list[Any]]] = {}
         self._last: dict[str, bool | None] = {}  # channels last in memory
-        self.compiled: dict[str, bool] = {}  # steps by name, and whether they were compiled
+        self.compiled: dict[str, Decision] = {}  # steps by name, and how they were compiled
         for source in (Path(given) if given else None, path if path.exists() else None):
             if source is not None:
                 self._read(source)
@@ -137,7 +145,8 @@ class Record:
         document = read_record(path)
         if document["device"] == self._device:
             self._choices |= document["choices"]
-            self.compiled |= document.get("compiled", {})
+            found = {step: decision_of(v) for step, v in document.get("compiled", {}).items()}
+            self.compiled |= {step: d for step, d in found.items() if d is not None}
             self._last |= document.get("images_last", {})
 
     def find(self, ruled: Choice) -> tuple[dict[str, Option], bool | None] | None:
@@ -155,10 +164,10 @@ class Record:
         self._last[_key(ruled)] = last
         self._write()
 
-    def settle(self, step: str, compiled: bool) -> None:
-        """Keep whether a step is compiled."""
-        if self.compiled.get(step) is not compiled:
-            self.compiled[step] = compiled
+    def settle(self, step: str, decision: Decision) -> None:
+        """Keep how a step is compiled."""
+        if self.compiled.get(step) != decision:
+            self.compiled[step] = decision
             self._write()
 
     def _write(self) -> None:
@@ -166,7 +175,10 @@ class Record:
             "device": self._device,
             "choices": self._choices,
             "images_last": self._last,
-            "compiled": self.compiled,
+            "compiled": {
+                step: found.as_json() if isinstance(found, Swap) else found
+                for step, found in self.compiled.items()
+            },
         }
         partial = self._path.with_suffix(".part")
         partial.write_text(json.dumps(document, indent=1) + "\n")
@@ -196,12 +208,14 @@ def _is_record(document: Any) -> bool:
     if not isinstance(document, dict) or not isinstance(document.get("device"), str):
         return False
     choices = document.get("choices")
-    flags = [document.get("compiled", {}), document.get("images_last", {})]
-    if not all(isinstance(found, dict) for found in (choices, *flags)):
+    compiled, last = document.get("compiled", {}), document.get("images_last", {})
+    if not all(isinstance(found, dict) for found in (choices, compiled, last)):
         return False
     assert isinstance(choices, dict)
-    settled = all(_is_flag(value) for found in flags for value in found.values())
-    return settled and all(map(_are_options, choices.values()))
+    settled = all(value is None or decision_of(value) is not None for value in compiled.values())
+    return (
+        settled and all(map(_is_flag, last.values())) and all(map(_are_options, choices.values()))
+    )
 
 
 def _found(value: Any) -> _Found | None:

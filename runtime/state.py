@@ -17,6 +17,7 @@ from cgo.errors import ModelError
 from cgo.graph_data import GraphData, ModelEntry, StateEntry
 from cgo.imports import resolve
 from cgo.runtime.data import preserved_random_state, seed_all
+from cgo.runtime.keyed_draws import DOMAINS
 from cgo.user_code import contained, told
 
 
@@ -110,6 +111,8 @@ class ModelState:
             assert entry.weights is not None
             self.random = RandomState.seeded(entry.seed)
             self.tensors = self._loaded(weights.load(data.base / entry.weights.file))
+        #: What keyed streams count: batches that it was trained and evaluated on.
+        self.steps = dict.fromkeys(DOMAINS, 0)
         self.generator = torch.Generator(device=device)
         if device.type == "cpu":
             self.generator.set_state(self.random.torch_state)
@@ -214,6 +217,7 @@ class ModelState:
             "attributes": self._attributes(),
             "generator": self.generator.get_state(),
             "random": self.random.dump(),
+            "steps": dict(self.steps),
         }
 
     def _attributes(self) -> dict[str, dict[str, Any]]:
@@ -238,6 +242,7 @@ class ModelState:
                     self.tensors[path].copy_(tensor)
         self.generator.set_state(values["generator"])
         self.random = RandomState.load(values["random"])
+        self.steps |= values.get("steps", {})
 
 
 def _trained(trainable: bool) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import networkx
@@ -53,24 +53,27 @@ def divide(tape: Tape, inputs: Sequence[Tensor], width: int = SIDE_STREAMS + 1) 
         inputs: Of one step; they tell which tensors share memory.
         width: Branches that may run at once.
     """
-    before = _dependencies(tape, inputs)
+    before = dependencies(tape, memory_of(tape, inputs))
     return [_section(tape, part, before, width) for part in _parts(tape, before)]
 
 
-def _dependencies(tape: Tape, inputs: Sequence[Tensor]) -> list[set[int]]:
+def dependencies(tape: Tape, memory: Mapping[Value, object]) -> list[set[int]]:
     """For each call, the earlier ones that it must follow.
 
     Those that made what it reads; those that wrote the same memory, which views share; and before
     it writes, those that read it. Draws from one generator keep their order.
+
+    Args:
+        tape: Whose calls.
+        memory: As `memory_of` has it.
     """
-    memory = _memory(tape, inputs)
     made: dict[Value, int] = {}
     written: dict[object, int] = {}
     read: dict[object, set[int]] = defaultdict(set)
     found: list[set[int]] = []
     for index, call in enumerate(tape.calls):
         before = {made[value] for value in call.reads() if value in made}
-        targets = {memory[value] for value in _written(call)}
+        targets = {memory[value] for value in written_by(call)}
         targets |= {g for g in call.arguments.values() if isinstance(g, torch.Generator)}
         for place in {memory[value] for value in call.reads()} | targets:
             before |= {written[place]} if place in written else set()
@@ -86,7 +89,7 @@ def _dependencies(tape: Tape, inputs: Sequence[Tensor]) -> list[set[int]]:
     return found
 
 
-def _memory(tape: Tape, inputs: Sequence[Tensor]) -> dict[Value, object]:
+def memory_of(tape: Tape, inputs: Sequence[Tensor]) -> dict[Value, object]:
     """What tells the memory of each value: of the first value that it is a view of."""
     given = [*zip(tape.inputs, inputs), *tape.constants.items()]
     found: dict[Value, object] = {
@@ -96,19 +99,21 @@ def _memory(tape: Tape, inputs: Sequence[Tensor]) -> dict[Value, object]:
         base = next(iter(call.reads()), None)
         for value in call.outputs:
             if value is not None and value not in found:
-                shares = _is_view(call) and base is not None
+                shares = is_view(call) and base is not None
                 found[value] = found[base] if shares and base is not None else value
     return found
 
 
-def _is_view(call: Call) -> bool:
+def is_view(call: Call) -> bool:
+    """Whether what a call gives shares memory with what it reads."""
     return any(item.alias_info is not None for item in call.op._schema.returns)
 
 
 _STATISTICS = ("running_mean", "running_var")
 
 
-def _written(call: Call) -> Iterable[Value]:
+def written_by(call: Call) -> Iterable[Value]:
+    """What a call writes in place."""
     norm = "batch_norm" in call.op._schema.name
     for argument in call.op._schema.arguments:
         given = call.arguments.get(argument.name)
@@ -177,7 +182,7 @@ def _section(tape: Tape, part: Sequence[int], before: Sequence[set[int]], width:
 
 def _weight(tape: Tape, call: Call) -> int:
     """About what a call takes, in bytes moved."""
-    if _is_view(call) and not call.op._schema.is_mutable:
+    if is_view(call) and not call.op._schema.is_mutable:
         return 0
     moved = [*call.reads(), *(value for value in call.outputs if value is not None)]
     return _LAUNCH_BYTES + sum(tape.sizes[value] for value in moved)
@@ -248,8 +253,8 @@ def forked_calls(sections: Sequence[Section]) -> int:
 
 def _overwritten(tape: Tape, inputs: Sequence[Tensor]) -> list[Tensor]:
     """The tensors from outside that a tape writes."""
-    memory = _memory(tape, inputs)
-    written = {memory[value] for call in tape.calls for value in _written(call)}
+    memory = memory_of(tape, inputs)
+    written = {memory[value] for call in tape.calls for value in written_by(call)}
     given = [*zip(tape.inputs, inputs), *tape.constants.items()]
     return [tensor for value, tensor in given if memory[value] in written]
 

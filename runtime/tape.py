@@ -81,7 +81,7 @@ def record(
     Raises:
         TapeError: a call whose result depends on values, or on the process's random stream: it
             would be another one at the next step. Or one tensor is handed over as two inputs,
-            which may be two at the next step.
+            which may be two at the next step. Or an operator gives lists of tensors among others.
     """
     if len(set(map(id, inputs))) < len(inputs):
         raise TapeError("two inputs are one tensor")
@@ -250,6 +250,9 @@ class _Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         listed = isinstance(result, list)
         given = result if isinstance(result, (list, tuple)) else [result]
+        if any(isinstance(item, (list, tuple)) for item in given):
+            # Its tensors would have no name, and be taken for constants where they are read.
+            raise TapeError(f"{func}: gives lists of tensors among its results")
         self._calls.append(Call(func, arguments, tuple(map(self._output, given)), listed))
         return result
 

@@ -18,6 +18,30 @@ from cgo.runtime.tape import Replay, Tape, TapeError, compile_tape, interpreted,
 log = logging.getLogger(__name__)
 
 
+class Later:
+    """A form of a step that may take its replay's place at a later run.
+
+    Attributes:
+        meanwhile: A form that is to be run until then; None: the replay.
+    """
+
+    meanwhile: Replay | None = None
+
+    def due(self, run: int) -> bool:
+        """Whether it is to be finished after this run of the step, counted from 1."""
+        raise NotImplementedError
+
+    def finish(self, run: int, inputs: Sequence[Tensor], current: Replay) -> Replay | None:
+        """The other form; None where the current one is to be kept.
+
+        Args:
+            run: After which it takes its place.
+            inputs: Of one step. Tensors that it writes are written, several times.
+            current: The form that the step has.
+        """
+        raise NotImplementedError
+
+
 class Taped:
     """A step that is run plainly, then recorded, then checked, then replayed.
 
@@ -26,8 +50,8 @@ class Taped:
             beside its inputs is the same tensor at every step.
         buffers: What it writes in place.
         wanted: Whether it is to be recorded at all; preparing takes the time of some ten steps.
-        compiled: Makes another form of a tape and its replay, called with one step's inputs; None
-            of it where the replay is to be kept.
+        compiled: Makes another form of a tape and its replay, called with one step's inputs, now
+            or later; None of it where the replay is to be kept.
 
     Attributes:
         reason: Why it is not replayed; empty while it may be.
@@ -39,17 +63,18 @@ class Taped:
         buffers: Sequence[Tensor],
         *,
         wanted: bool,
-        compiled: Callable[[Tape, Replay, Sequence[Tensor]], Replay | None] | None = None,
+        compiled: Callable[[Tape, Replay, Sequence[Tensor]], Replay | Later | None] | None = None,
     ) -> None:
         self._step, self._buffers, self._compiled = step, list(buffers), compiled
         self._runs = 0
         self._tape: Tape | None = None  # recorded, not yet checked
         self._replay: Replay | None = None  # trusted
+        self._later: Later | None = None
         self.reason = "" if wanted else "too few steps are planned"
 
     @property
     def settled(self) -> bool:
-        """Whether the step was run, and will not change its form any more."""
+        """Whether the step was run, and will not change its form before `waiting` is over."""
         return self._replay is not None or bool(self.reason and self._runs)
 
     @property
@@ -57,10 +82,25 @@ class Taped:
         """Whether the next step is a replay."""
         return self._replay is not None
 
-    def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Run the step."""
+    @property
+    def waiting(self) -> bool:
+        """Whether another form may take the replay's place."""
+        return self._later is not None
+
+    def passed(self) -> bool:
+        """Count a run that was replayed elsewhere; True where the next has to be run here."""
+        self._runs += 1
+        return self._later is not None and self._later.due(self._runs + 1)
+
+    def __call__(self, inputs: Sequence[Tensor], *, keeps: bool = False) -> Sequence[Tensor]:
+        """Run the step; where it keeps its form, it is not counted as a run."""
         if self._replay is not None:
-            return self._replay(*inputs)
+            if self._later is None or keeps:
+                return self._replay(*inputs)
+            self._runs += 1
+            if not self._later.due(self._runs):
+                return self._replay(*inputs)
+            return self._swapped(self._later, self._replay, inputs)
         self._runs += 1
         if self.reason or self._runs == 1:  # the first allocates memory and chooses kernels
             return self._step(*inputs)
@@ -108,7 +148,28 @@ class Taped:
         if self._compiled is None:
             return replay
         _restore(self._buffers, before)
-        return self._compiled(tape, replay, inputs) or replay
+        made = self._compiled(tape, replay, inputs)
+        if not isinstance(made, Later):
+            return made or replay
+        current = made.meanwhile or replay
+        if not made.due(self._runs):
+            self._later = made
+            return current
+        _restore(self._buffers, before)
+        return made.finish(self._runs, inputs, current) or current
+
+    def _swapped(self, later: Later, current: Replay, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The step as it was run until now; its other form is tried from the same state."""
+        before = _clones(self._buffers)
+        results = [result.clone() for result in current(*inputs)]
+        after = _clones(self._buffers)
+        _restore(self._buffers, before)
+        self._later = None
+        try:
+            self._replay = later.finish(self._runs, inputs, current) or current
+        finally:
+            _restore(self._buffers, after)
+        return results
 
     def _give_up(self, reason: str) -> None:
         log.info("a step is not replayed: %s", reason)

@@ -17,16 +17,20 @@ from cgo.errors import CgoError
 from cgo.graph import Graph, ModelId, Node, bytes_of, is_training
 from cgo.passes.assign_layouts import Assignment, Option, assign_layouts
 from cgo.runtime.accelerator import FILLED, accelerator_for, free_memory
+from cgo.runtime.artifacts import default_artifacts
 from cgo.runtime.choice import LOOP, LOOPED, Choice, Improve, Rules, Way, rules_for
-from cgo.runtime.compiled import Compiler
+from cgo.runtime.compiled import Compiler, Compilers
 from cgo.runtime.costs import CostTable, Repacking, Timer, default_path, repacking
 from cgo.runtime.device_profile import DeviceProfile, measure, profile_of
 from cgo.runtime.emitter import Types, operator_of, runs
 from cgo.runtime.estimates import work_of
+from cgo.runtime.isolation import Separation
 from cgo.runtime.measuring import Budget, Groups, Measuring, Options, ways_of
 from cgo.runtime.record import Memory, Record
 from cgo.runtime.streams import Overlap
 from cgo.runtime.tape import Replay, Tape
+from cgo.runtime.taped import Later
+from cgo.runtime.verdicts import Verdicts
 from cgo.tuning import LANES, Tuning
 
 log = logging.getLogger(__name__)
@@ -75,6 +79,7 @@ class Tuner:
         self.timing = timing
         self.budget = Budget(0.0, clock=clock)
         self.assignment = Assignment({}, 0.0, 0.0)  # the last one
+        self._compiles: Compilers | None = None
 
     @property
     def measuring(self) -> Measuring:
@@ -82,8 +87,16 @@ class Tuner:
         return Measuring(self.table, self.profile, self.rules, self.budget, self.steps)
 
     def close(self) -> None:
-        """Close the table of costs."""
+        """Close the table of costs, and end what is compiled for nobody any more."""
         self.table.close()
+        if self._compiles is not None:
+            self._compiles.close()
+
+    def _compilers(self) -> Compilers:
+        """Made where something is compiled; raises `ArtifactError`."""
+        if self._compiles is None:
+            self._compiles = Compilers(default_artifacts())
+        return self._compiles
 
     def __call__(self, graph: Graph, models: Sequence[ModelId]) -> Choice:
         """Divide models into programs by rule, and decide each group of a training program."""
@@ -91,11 +104,10 @@ class Tuner:
         ruled = rules(graph, models)
         memory = Memory(self.table, ruled, self._asked(), anew=self.tuning.anew)
         found = (None if self.record is None else self.record.find(ruled)) or memory.find()
-        if found is None:
-            options, last = memory.add(*self._decide(ruled.graph))
-        else:
-            options, last = found
-            memory.add(options, last)
+        options, last = self._decide(ruled.graph) if found is None else found
+        timer = self._timer(ruled.graph, last)
+        options = Separation(self.table, self.tell).options(ruled.graph, options, timer)
+        options, last = memory.add(options, last)
         if self.record is not None:
             self.record.add(ruled, options, last)
         self.tell(
@@ -113,6 +125,8 @@ class Tuner:
             self.steps,
             memory.compiled(self.record),
             memory.settling(self.record),
+            self._compilers,
+            Verdicts(self.table, anew=self.tuning.anew),
             self.tell,
             accelerator_for(self.device) if captured else None,
         )
@@ -219,13 +233,17 @@ class Tuner:
 
 
 def _first_of(*ways: Improve) -> Improve:
-    """What the first of several ways to improve a step makes of it."""
+    """What the first of several ways to improve a step makes of it; others, until that is there."""
 
     def improve(
         name: str, tape: Tape, replay: Replay, inputs: Sequence[torch.Tensor]
-    ) -> Replay | None:
-        for way in ways:
-            if (found := way(name, tape, replay, inputs)) is not None:
+    ) -> Replay | Later | None:
+        for number, way in enumerate(ways, 1):
+            found = way(name, tape, replay, inputs)
+            if isinstance(found, Later):
+                other = _first_of(*ways[number:])(name, tape, replay, inputs)
+                found.meanwhile = None if isinstance(other, Later) else other
+            if found is not None:
                 return found
         return None
 

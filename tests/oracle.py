@@ -45,12 +45,14 @@ def train_alone(
     loss_scale=2.0**16,
     loss_scale_growth_interval=2000,
     augment=None,
+    streams=None,
 ):
     """Train one model; `data` is (train, validation), each (inputs, targets) as whole tensors.
 
     `augment(inputs, epoch, number)` gives what the training batch of that number becomes; it leaves
     the random streams as they are. `measure(outputs, targets)` gives the metric's value over the
-    whole validation set, if it is neither accuracy nor the mean squared error.
+    whole validation set, if it is neither accuracy nor the mean squared error. `streams(seed)` is
+    what random numbers come from, if not torch's generator (see `support.keyed.KeyedStreams`).
     """
     (inputs, targets), (val_inputs, val_targets) = data
     double = precision == "float64"
@@ -63,6 +65,7 @@ def train_alone(
     if scheduler:
         schedule = getattr(torch.optim.lr_scheduler, scheduler)(opt, **(scheduler_kwargs or {}))
     run = Run()
+    keyed = None if streams is None else streams(seed)
     # Without effect where the precision is another.
     scaler = torch.amp.GradScaler(
         "cpu",
@@ -76,7 +79,8 @@ def train_alone(
         context = contextlib.nullcontext()
         if precision in ("bfloat16", "float16"):
             context = torch.autocast("cpu", dtype=getattr(torch, precision))
-        with context:
+        split = "train" if torch.is_grad_enabled() else "validation"
+        with context, contextlib.nullcontext() if keyed is None else keyed.forward(split):
             out = _call(net, x)
             return loss(out, y), out
 

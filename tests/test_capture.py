@@ -123,6 +123,12 @@ def test_dropout_is_a_source_and_a_product(capturer):
     assert "cgo.random" not in text(captured, "validation/12")
 
 
+def test_dropout_of_everything_draws_nothing(capturer):
+    captured = text(capture(capturer, "support.small:mlp", {"dropout": 1.0}))
+    assert "%dropout = aten.mul.Scalar(%relu_, 0.0) : f32[16, 8] {m}" in captured.splitlines()
+    assert "cgo.random" not in captured
+
+
 def test_float64_casts_inputs_in_the_graph(capturer):
     lines = text(capture(capturer, "support.small:mlp", precision="float64")).splitlines()
     assert "%to = aten.to.dtype(%input, dtype:float64) : f64[16, 6] {m}" in lines

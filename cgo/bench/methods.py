@@ -306,7 +306,8 @@ def merged(
         entries = [entry for entry in data.models if entry.data == key]
         members = [Member(entry, data, device, data.base, lambda event: None) for entry in entries]
         tuner = make_tuner(tuning or Tuning(), device, _PLANNED_STEPS, tell=tell)
-        lanes = MergedLanes(data.graph, members, constants, device, tuner, tell)
+        given = data.graph, members, constants, device
+        lanes = MergedLanes(*given, tuner, tell, tuner.tuning)
         captured = CapturedLanes(lanes, accelerator_for(device), tell)
         batches = itertools.cycle(list(Loader(open_data(data.data[key]), device).train(0)))
         parts.append((captured, [member.id for member in members], batches))

@@ -39,8 +39,14 @@ def _dropout(to: Any, overload: Any, args: Sequence[Any], kwargs: Mapping[str, A
     x, p = named["input"] if "input" in named else named["self"], named["p"]
     if not named["train"] or p == 0 or to.fake(x).numel() == 0:
         return x
-    noise = to.draw("dropout", torch.empty_like(to.fake(x)), p=float(p))
-    return to.emit("aten.mul.Tensor", x, noise, name="dropout")
+    return _dropped(to, x, torch.empty_like(to.fake(x)), float(p), name="dropout")
+
+
+def _dropped(to: Any, x: Any, like: Any, p: float, name: str | None = None) -> Any:
+    """`x` without what drops out, by draws in the form of `like`; ATen draws nothing at p = 1."""
+    if p == 1:
+        return to.emit("aten.mul.Scalar", x, 0.0, name=name)
+    return to.emit("aten.mul.Tensor", x, to.draw("dropout", like, p=p), name=name)
 
 
 def _feature_dropout(to: Any, overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -50,8 +56,7 @@ def _feature_dropout(to: Any, overload: Any, args: Sequence[Any], kwargs: Mappin
     if not named["train"] or p == 0 or fake.numel() == 0:
         return x
     shape = fake.shape[:2] + (1,) * (fake.dim() - 2)
-    noise = to.draw("dropout", fake.new_empty(shape), p=float(p))
-    return to.emit("aten.mul.Tensor", x, noise, name="feature_dropout")
+    return _dropped(to, x, fake.new_empty(shape), float(p), name="feature_dropout")
 
 
 def _alpha_dropout(to: Any, overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -88,8 +93,7 @@ def _attention(to: Any, overload: Any, args: Sequence[Any], kwargs: Mapping[str,
     weights = to.emit("aten.matmul.default", query, key)
     weights = _masked(to, weights, named["attn_mask"], bool(named["is_causal"]))
     weights = to.emit("aten.softmax.int", weights, -1)
-    noise = to.draw("dropout", torch.empty_like(to.fake(weights)), p=p)
-    weights = to.emit("aten.mul.Tensor", weights, noise)
+    weights = _dropped(to, weights, torch.empty_like(to.fake(weights)), p)
     return to.emit("aten.matmul.default", weights, value, name="attention")
 
 
@@ -152,7 +156,7 @@ def _recurrent(to: Any, overload: Any, args: Sequence[Any], kwargs: Mapping[str,
     ends: list[tuple[Any, ...]] = []
     for layer in range(layers):
         if layer:
-            x = to.emit("aten.mul.Tensor", x, to.draw("dropout", to.fake(x), p=float(p)))
+            x = _dropped(to, x, to.fake(x), float(p))
         rows = layer * directions, (layer + 1) * directions
         begin = tuple(to.emit("aten.slice.Tensor", state, 0, *rows) for state in states)
         params = named["params"][layer * own : (layer + 1) * own]

@@ -7,6 +7,7 @@ import oracle
 import pytest
 import torch
 from support import data, nets
+from support.keyed import KeyedStreams
 from support.merged import Case, relative
 from support.observers import Losses
 
@@ -26,6 +27,20 @@ def run(cases, folder, device, tuning=CAPTURED, events=None):
     plan = Planner().plan([case.model() for case in cases], folder, {"tuning": tuning})
     metrics = train(plan.graph_data, folder, heard.append, observer=losses, device=device)
     return losses.seen, metrics
+
+
+def alone_on(device, case, moved, **given):
+    """The plain loop there, over data that are there."""
+    factory = getattr(nets, case.factory)
+    return oracle.train_alone(
+        lambda **kwargs: factory(**kwargs).to(device),
+        case.kwargs,
+        moved,
+        seed=case.seed,
+        batch_size=case.batch_size,
+        **given,
+        **case.training,
+    )
 
 
 def told(events, what):
@@ -48,17 +63,36 @@ def test_float64_losses_on_cuda_equal_the_plain_loop(cuda, optimizer, capture, t
     assert not told(events, "eager")
     moved = tuple(tuple(part.to(cuda) for part in split) for split in data.arrays())
     for case in cases:
-        factory = getattr(nets, case.factory)
-        alone = oracle.train_alone(
-            lambda factory=factory, **kwargs: factory(**kwargs).to(cuda),
-            case.kwargs,
-            moved,
-            seed=case.seed,
-            batch_size=case.batch_size,
-            **case.training,
-        )
+        alone = alone_on(cuda, case, moved)
         assert max(map(relative, losses[case.id], alone.losses)) <= 1e-8
         assert metrics[case.id] == pytest.approx(alone.history[-1]["val_accuracy"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "tuning",
+    [{"capture": True, "tape": True}, {"capture": False}, {"capture": True, "kernels": False}],
+    ids=lambda tuning: ",".join(f"{key}={value}" for key, value in tuning.items()),
+)
+def test_dropout_on_cuda_equals_the_loop_that_draws_from_keyed_streams(cuda, tuning, tmp_path):
+    """Replayed, eager, and without kernels of our own; the loop's numbers are NumPy's."""
+    training = {"epochs": 8, "precision": "float64", "optimizer_kwargs": {"lr": 0.01}}
+    families = ("mlp", "cnn", "residual", "cells", "encoder", "lstm", "tied")
+    cases = [
+        Case(f, f, {"dropout": 0.1 + n / 50}, seed=n, training=training)
+        for n, f in enumerate(families)
+    ]
+    cases += [
+        Case(kind, "trap", {"kind": kind}, seed=9, training=training)
+        for kind in ("alpha_dropout", "noise", "strided_norm", "lasting_dropout")
+    ]
+    events = []
+    losses, _ = run(cases, tmp_path, cuda, {"measure": False, **tuning}, events)
+    assert bool(told(events, "captured")) is tuning["capture"]
+    assert not told(events, "eager")
+    moved = tuple(tuple(part.to(cuda) for part in split) for split in data.arrays())
+    for case in cases:
+        alone = alone_on(cuda, case, moved, streams=KeyedStreams)
+        assert max(map(relative, losses[case.id], alone.losses)) <= 1e-8
 
 
 def test_random_streams_on_cuda_do_not_depend_on_company(cuda, tmp_path):

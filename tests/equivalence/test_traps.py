@@ -22,6 +22,7 @@ CAPTURED = (
     "noise",
     "idle_noise",
     "strided_norm",
+    "lasting_dropout",
     "momentum_none",
     "write_view",
     "autocast",

@@ -4,9 +4,12 @@ import weakref
 
 import pytest
 import torch
+from support.fake_cuda import FakeCuda, Generator
 
+from cgo.runtime import accelerator
 from cgo.runtime.accelerator import (
     CaptureRefused,
+    Cuda,
     accelerator_for,
     captured_seconds,
     is_out_of_memory,
@@ -153,3 +156,57 @@ def test_a_device_without_a_number_is_the_current_one(monkeypatch):
     assert numbered(torch.device("cuda", 1)) == torch.device("cuda", 1)
     assert numbered(CPU) == CPU
     assert accelerator_for(torch.device("cuda")) is accelerator_for(torch.device("cuda", 3))
+
+
+@pytest.fixture
+def faked(monkeypatch):
+    """A device whose graphs behave as torch 2.11's do, and the pools that were abandoned."""
+    abandoned = []
+    monkeypatch.setattr(
+        accelerator, "abandon", lambda device, pool: abandoned.append((device, pool))
+    )
+    return FakeCuda().install(monkeypatch), Cuda(torch.device("cpu", 0)), abandoned
+
+
+def test_a_capture_that_does_not_end_leaves_no_generator_behind(faked):
+    cuda, device, abandoned = faked
+    registered, stream = Generator(), cuda.current
+
+    def looks():
+        registered.draw(cuda)
+        cuda.read()
+        return []
+
+    for attempt in range(1, 3):
+        with pytest.raises(CaptureRefused, match="the step cannot be captured"):
+            device.capture(looks, [registered])
+        registered.draw(cuda)
+        cuda.default.draw(cuda)
+        assert cuda.current is stream
+        assert len(abandoned) == attempt
+        assert abandoned[-1][0] == 0
+    captured = device.capture(lambda: [torch.ones(2)], [registered])
+    captured.replay()
+    assert captured.results[0].tolist() == [1.0, 1.0]
+    assert all(pool != cuda.pools for _, pool in abandoned)  # what is captured now has another
+
+
+def test_a_body_that_raises_leaves_the_pool_to_the_graphs_that_are_there(faked):
+    _, device, abandoned = faked
+
+    def fails():
+        raise ValueError("no such thing")
+
+    with pytest.raises(CaptureRefused, match="no such thing"):
+        device.capture(fails, [Generator()])
+    assert abandoned == []
+    assert device.capture(lambda: [torch.ones(1)]).results[0].item() == 1.0
+
+
+def test_a_device_that_refuses_to_capture_says_why(faked):
+    cuda, device, _ = faked
+    cuda.refuses = "CUDA error: operation not supported"
+    with pytest.raises(CaptureRefused, match="operation not supported"):
+        device.capture(lambda: [torch.ones(1)])
+    cuda.refuses = ""
+    assert device.capture(lambda: [torch.ones(1)]).results[0].item() == 1.0

@@ -4,6 +4,7 @@ What holds here holds for a CUDA graph as well: both keep Python's numbers and t
 refuse whoever looks at a value.
 """
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -17,7 +18,9 @@ from cgo.planner import Planner
 from cgo.runtime.accelerator import CaptureRefused, accelerator_for
 from cgo.runtime.device_lanes import DeviceLanes
 from cgo.runtime.member import Member
-from cgo.runtime.tuning import make_tuner
+from cgo.runtime.tape import interpreted
+from cgo.runtime.taped import Later
+from cgo.runtime.tuning import Tuner, make_tuner
 
 CPU = torch.device("cpu")
 
@@ -139,6 +142,50 @@ def test_compiled_steps_are_not_written_down(tmp_path):
     merged = check(cases, tmp_path, tuning)
     if any(value["after_s"] < value["before_s"] for value in merged.told("compiled")):
         assert "compiled code" in merged.told("eager")[0]["reason"]
+
+
+class Swapped(Later):
+    """A form that takes the replay's place after a run: the same calls, from Python."""
+
+    def __init__(self, tape, at):
+        self.tape, self.at, self.ran = tape, at, 0
+
+    def due(self, run):
+        return run >= self.at
+
+    def finish(self, run, inputs, current):
+        replay = interpreted(self.tape)
+
+        def form(*values):
+            self.ran += 1
+            return replay(*values)
+
+        return form
+
+
+def test_a_form_that_comes_later_is_captured_anew(tmp_path, monkeypatch):
+    """With the sums of losses, and the counts of its optimizer, as if nothing had happened."""
+    made = []
+
+    def chosen(self, graph, models):
+        choice = choose(self, graph, models)
+
+        def improve(name, tape, replay, inputs):
+            made.append(Swapped(tape, 11))
+            return made[-1]
+
+        return replace(choice, improve=improve)
+
+    choose = Tuner.__call__
+    monkeypatch.setattr(Tuner, "__call__", chosen)
+    schedule = {"scheduler": "ExponentialLR", "scheduler_interval": "step"}
+    given = training("Adam", scheduler_kwargs={"gamma": 0.97}, **schedule)
+    cases = [Case(f"m{n}", "mlp", {"dropout": 0.2}, seed=n, training=given) for n in range(2)]
+    merged = check(cases, tmp_path)
+    programs = [value["program"] for value in merged.told("captured")]
+    assert programs.count("train/32") == 2
+    assert merged.told("eager") == []
+    assert made[0].ran > 0
 
 
 def test_evaluation_is_captured_once_it_was_run(tmp_path):

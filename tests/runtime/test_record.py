@@ -14,6 +14,7 @@ from cgo.planner import Planner
 from cgo.runtime.choice import Rules
 from cgo.runtime.costs import CostTable, Timer
 from cgo.runtime.record import Memory, Record
+from cgo.runtime.verdicts import Swap
 
 CPU = torch.device("cpu")
 MEASURING = cgo.Tuning(share=1.0)
@@ -104,15 +105,21 @@ def test_what_models_are_called_does_not_matter_and_who_they_are_does(tmp_path):
 
 
 def test_compiled_steps_are_remembered_by_place(tmp_path):
-    table = CostTable(None, CPU)
+    table = CostTable(tmp_path / "costs.sqlite", CPU)
     one = Memory(table, ruled(tmp_path / "one", "abcd"), 7)
-    one.settling(None)("train/32/a,b", True)
+    settle = one.settling(None)
+    settle("train/32/a,b", Swap(None))
+    settle("train/32/a,b", Swap(3, ("k",)))  # a trial changes its own decision
+    one.settling(None)("train/32/a,b", False)  # and no other's
     other = Memory(table, ruled(tmp_path / "other", "wxyz"), 7)
-    assert other.compiled(None)("train/32/w,x") is True
+    assert other.compiled(None)("train/32/w,x") == Swap(3, ("k",))
     assert other.compiled(None)("train/32/w,y") is None
     record = Record(tmp_path / "lowering.json", CPU)
     record.settle("train/32/w,x", False)
     assert other.compiled(record)("train/32/w,x") is False  # the trial's own comes first
+    record.settle("train/32/w,y", Swap(None))
+    again = Record(tmp_path / "lowering.json", CPU)
+    assert again.compiled == {"train/32/w,x": False, "train/32/w,y": Swap(None)}
 
 
 def test_choices_outlive_the_process_and_hold_for_one_device(tmp_path):

@@ -236,3 +236,19 @@ def test_a_number_of_calls_that_differs_makes_no_tape():
     tape = record(step, (torch.ones(2),))[1]
     with pytest.raises(TapeError):
         compile_tape(tape)
+
+
+NESTED = torch.library.Library("cgo_test_tape", "DEF")
+NESTED.define("nested(Tensor x) -> (Tensor, Tensor[])")
+NESTED.impl("nested", lambda x: (x + 1, [x + 2, x + 3]), "CPU")
+
+
+def test_lists_of_tensors_among_results_are_refused():
+    """As cuDNN's backward of recurrences gives them: unnamed, they would become constants."""
+
+    def step(x):
+        first, (second, third) = torch.ops.cgo_test_tape.nested(x)
+        return [first * second * third]
+
+    with pytest.raises(TapeError, match="lists of tensors"):
+        record(step, [torch.ones(2)])

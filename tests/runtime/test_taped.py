@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cgo.runtime.tape import Tape
-from cgo.runtime.taped import Taped
+from cgo.runtime.regions import cut
+from cgo.runtime.structure import Part
+from cgo.runtime.tape import Tape, TapeError, compile_tape, record
+from cgo.runtime.taped import Later, Taped
 
 
 def running(taped, times, given):
@@ -97,3 +99,121 @@ def test_another_form_takes_the_replays_place():
     found = [taped([torch.zeros(()), count])[0].item() for _ in range(5)]
     assert found == [1, 2, 3, 42, 42]
     assert heard == [3]
+
+
+class Swapped(Later):
+    """Another form that is ready after a run, and gives ten times as much."""
+
+    def __init__(self, ready, kept=False):
+        self.ready, self.kept, self.asked = ready, kept, []
+
+    def due(self, run):
+        return run >= self.ready
+
+    def finish(self, run, inputs, current):
+        self.asked.append(run)
+        found = current(*inputs)[0]  # writes, as forms that are timed do
+        return None if self.kept else lambda x, c: [(x + c.add_(1)) * 10 + 0 * found]
+
+
+def counted(later):
+    count = torch.zeros(())
+    step = lambda x, c: [x + c.add_(1)]  # noqa: E731
+    return Taped(step, [count], wanted=True, compiled=lambda *given: later), count
+
+
+def test_a_form_that_comes_later_is_taken_after_its_run():
+    later = Swapped(5)
+    taped, count = counted(later)
+    found = []
+    for run in range(1, 9):
+        found.append(taped([torch.zeros(()), count])[0].item())
+        assert count == run
+        assert taped.waiting is (run in (3, 4))
+    assert found == [1, 2, 3, 4, 5, 60, 70, 80]
+    assert later.asked == [5]
+
+
+def test_a_form_that_is_there_at_once_is_taken_with_the_replay():
+    taped, count = counted(Swapped(0))
+    found = [taped([torch.zeros(()), count])[0].item() for _ in range(5)]
+    assert found == [1, 2, 3, 40, 50]
+    assert not taped.waiting
+
+
+def test_a_later_form_that_loses_leaves_the_replay():
+    later = Swapped(4, kept=True)
+    taped, count = counted(later)
+    assert [taped([torch.zeros(()), count])[0].item() for _ in range(6)] == [1, 2, 3, 4, 5, 6]
+    assert later.asked == [4]
+
+
+def test_until_then_another_form_is_run():
+    later = Swapped(6)
+    later.meanwhile = lambda x, c: [(x + c.add_(1)) * 2]
+    taped, count = counted(later)
+    found = [taped([torch.zeros(()), count])[0].item() for _ in range(8)]
+    assert found == [1, 2, 3, 8, 10, 12, 70, 80]
+
+
+def test_a_captured_step_keeps_its_form_and_counts_the_runs_elsewhere():
+    later = Swapped(6)
+    taped, count = counted(later)
+    for _ in range(3):
+        taped([torch.zeros(()), count])
+    for _ in range(9):
+        taped([torch.zeros(()), count], keeps=True)
+    assert later.asked == []
+    assert [taped.passed(), taped.passed()] == [False, True]  # runs 4 and 5
+    taped([torch.zeros(()), count])
+    assert later.asked == [6]
+    assert not taped.passed()
+
+
+TENSOR_OR_NONE = torch.library.Library("cgo_test_taped", "DEF")
+TENSOR_OR_NONE.define("scaled(Tensor x, Tensor bias) -> Tensor")
+TENSOR_OR_NONE.impl("scaled", lambda x, bias: x * 2, "CPU")
+
+
+def test_a_call_that_torchscript_refuses_is_replayed_from_python():
+    """As the backward of efficient attention, which gets no bias where it wants a tensor."""
+    scaled = torch.ops.cgo_test_taped.scaled
+    with pytest.raises(TapeError, match="TorchScript"):
+        compile_tape(record(lambda x: [scaled(x, None)], [torch.ones(2)])[1])
+    heard = []
+
+    def compiled(tape, replay, inputs):
+        heard.append(len(cut(tape, inputs)))
+
+    taped = Taped(lambda x: [scaled(x, None).exp() + 1], [], wanted=True, compiled=compiled)
+    for number in range(5):
+        x = torch.full((2,), float(number))
+        assert torch.equal(taped([x])[0], (x * 2).exp() + 1)
+    assert taped.replaying
+    assert heard == [2]  # the operator, and a part
+
+
+def test_attention_has_a_tape_that_is_cut_and_divided():
+    from cgo.runtime.streams import divide, forked_calls
+
+    def step(x, y):
+        found = []
+        for value in (x, y):
+            query = value.detach().requires_grad_()
+            with torch.enable_grad():
+                out = F.scaled_dot_product_attention(query, query, query, is_causal=True)
+                (gradient,) = torch.autograd.grad(out.tanh().sum(), [query])
+            found += [out.detach(), gradient]
+        return found
+
+    given = [torch.randn(2, 2, 8, 16), torch.randn(2, 2, 8, 16)]
+    tapes = []
+    taped = Taped(step, [], wanted=True, compiled=lambda tape, *rest: tapes.append(tape))
+    for _ in range(4):
+        for a, b in zip(taped(given), step(*given), strict=True):
+            assert torch.equal(a, b)
+    assert taped.replaying
+    names = [call.op._schema.name for call in tapes[0].calls]
+    assert sum("flash_attention" in name for name in names) == 4
+    assert forked_calls(divide(tapes[0], given)) > 0
+    assert any(isinstance(piece, Part) for piece in cut(tapes[0], given))

@@ -56,7 +56,7 @@ class Case:
             model_id=self.id,
         )
 
-    def alone(self):
+    def alone(self, streams=None):
         whole = {"digits": "arrays"}.get(self.source, f"{self.source}_arrays")
         return oracle.train_alone(
             getattr(nets, self.factory),
@@ -71,6 +71,7 @@ class Case:
             metric=self.metric,
             measure=self.measure,
             augment=self.augment,
+            streams=streams,
             **self.training,
         )
 

@@ -349,6 +349,10 @@ class Trap(nn.Module):
             x = x + torch.randn_like(x) * 0
         return F.dropout(x, 0.3, self.training)
 
+    def _lasting_dropout(self, x):
+        """In evaluation as well, as for an estimate of uncertainty."""
+        return F.dropout(x, 0.3, True)
+
     def _unread_dropout(self, x):
         F.dropout(x, 0.2, self.training)
         return F.dropout(x, 0.3, self.training)
