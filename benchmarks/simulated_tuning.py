@@ -176,7 +176,7 @@ def executed(device: Device, function: Callable[..., Any], values: Sequence[Tens
 #: What a measurement took on an H200 (`results/gpu_suite_h200.json`, "tuned"): 62 to 465 of them
 #: took 0.6 to 2.2 s. Host seconds of one and of each of its calls (recorded, interpreted and
 #: captured), runs on the device, and once a process, for libraries that are loaded.
-_ONE_S, _CALL_S, _RUNS, _LOADING_S = 1.9e-3, 3 * 30e-6, 9, 0.45
+_ONE_S, _CALL_S, _RUNS, _LOADING_S = 3e-3, 3 * 30e-6, 9, 0.45
 
 
 @dataclass

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from cgo.graph import Node, Ref, TensorType, bytes_of, inputs_of
 from cgo.operators import aten
+from cgo.runtime.costs import KINDS, Repacking
 from cgo.runtime.device_profile import DeviceProfile
 from cgo.runtime.emitter import Types, operator_of
 from cgo.runtime.precision import float32_products
@@ -96,6 +97,17 @@ def view_seconds(nodes: Sequence[Node], layout: str, types: Types, profile: Devi
         return 0.0
     moved = 3.0 * len(nodes) * sum(bytes_of(types[ref]) for ref in inputs_of(nodes[0]))
     return profile.seconds(2 * moved, launches=2)
+
+
+def estimated_repacking(profile: DeviceProfile) -> Repacking:
+    """What moving values between layouts should take, forward and backward."""
+    lane = 2 * profile.launch_s / _LANES
+    byte = 4 / profile.bandwidth  # read and written, twice
+    return Repacking(dict.fromkeys(KINDS, lane), dict.fromkeys(KINDS, byte))
+
+
+#: Lanes that are moved by one kernel, about.
+_LANES = 8
 
 
 def largest_bytes(node: Node, types: Types) -> int:

@@ -23,7 +23,7 @@ from cgo.runtime.compiled import Compiler, Compilers
 from cgo.runtime.costs import CostTable, Repacking, Timer, default_path, repacking
 from cgo.runtime.device_profile import DeviceProfile, measure, profile_of
 from cgo.runtime.emitter import Types, operator_of, runs
-from cgo.runtime.estimates import work_of
+from cgo.runtime.estimates import estimated_repacking, work_of
 from cgo.runtime.isolation import Separation
 from cgo.runtime.measuring import Budget, Groups, Measuring, Options, ways_of
 from cgo.runtime.record import Memory, Record
@@ -200,7 +200,9 @@ class Tuner:
         def timed(kind: str, size: int) -> float:
             return self.budget.spend(lambda: timer.repacked(kind, size))
 
-        return repacking(self.table, self.device, measure=self.budget.left, timing=timed)
+        if not self.budget.left:
+            return estimated_repacking(self.profile)
+        return repacking(self.table, self.device, timing=timed)
 
     def _profile(self) -> None:
         """Measure the device, where that was not done yet and the budget is long enough."""
