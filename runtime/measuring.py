@@ -8,6 +8,7 @@ do and by how far estimates were off where both are known.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import time
@@ -34,6 +35,7 @@ from cgo.runtime.estimates import (
 )
 from cgo.runtime.forms import forms_of
 from cgo.runtime.layouts import IMAGES
+from cgo.runtime.searching import FOUND, SEARCHED, candidate, searching, worth_searching
 from cgo.tuning import CHANNELS, LANES, STACKED
 
 #: Members of a loop that are timed together on a GPU.
@@ -85,6 +87,7 @@ class Measuring:
         rules: What is fused how wide.
         budget: For measuring.
         steps: Planned; they have to repay a measurement.
+        search: Whether cuDNN may be asked to time its kernels.
     """
 
     table: CostTable
@@ -92,6 +95,8 @@ class Measuring:
     rules: Rules
     budget: Budget
     steps: int
+    search: bool = False
+    searched: set[str] = field(default_factory=set)  # groups by name
     _off: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     @property
@@ -101,10 +106,24 @@ class Measuring:
     def options(self, groups: Groups, timers: Sequence[Timer]) -> list[Options]:
         """The options of each group, for each timer: one a format of images in memory."""
         found: list[Options] = [{} for _ in timers]
+        self.searched = self._searches(groups, timers)
         for name in self.order(groups, timers[0].types):
             for timer, options in zip(timers, found):
                 options[name] = self.of_group(groups[name], timer)
         return found
+
+    def _searches(self, groups: Groups, timers: Sequence[Timer]) -> set[str]:
+        """Groups for which cuDNN is to time its kernels; half of the budget may go there."""
+        if not self.search:
+            return set()
+        types, shapes = timers[0].types, len(timers)
+        candidates = [
+            found
+            for name, nodes in groups.items()
+            if (found := candidate(name, nodes, types, self.profile, shapes=shapes)) is not None
+        ]
+        budget_s = (self.budget.seconds - self.budget.spent) / 2
+        return set(worth_searching(candidates, self.profile, self.steps, budget_s))
 
     def order(self, groups: Groups, types: Types) -> list[str]:
         """Names of groups; what is measured first is first."""
@@ -191,6 +210,13 @@ class Measuring:
         price = self.profile.measure_s + _RUNS * one_by_one
         return self.steps * one_by_one > price
 
+    def found_s(self, nodes: Sequence[Node], option: Option, timer: Timer) -> float | None:
+        """Seconds of a group with the kernels that cuDNN once found; None where it never was."""
+        shared = [len(set(column)) == 1 for column in zip(*map(inputs_of, nodes))]
+        key = f"{option.form}/{option.layout}" + "/last" * timer.marked_last + FOUND
+        known = self.table.get(timer.signature(nodes, shared), key, option.width)
+        return None if known is None else known * len(nodes) / option.width
+
     def note(self, key: str, measured: float, estimated: float) -> None:
         """Remember how far an estimate was off."""
         if math.isfinite(measured) and estimated > 0:
@@ -231,9 +257,13 @@ class _Cost:
         key = f"{way.form}/{way.layout}"
         if self.timer.marked_last and self._images:
             key += "/last"
+        search = way.form == SEARCHED and self.nodes[0].group in of.searched
+        if search:
+            key, measured = key + FOUND, width  # what is found holds for this very shape
         known = of.table.get(self.signature, key, measured)
         if known is None and self._may and not self._is_near(key, measured):
-            known = of.budget.spend(lambda: self.timer.seconds(self.nodes[:measured], way))
+            with searching() if search else contextlib.nullcontext():
+                known = of.budget.spend(lambda: self.timer.seconds(self.nodes[:measured], way))
             of.table.put(self.signature, key, measured, known)
         if known is not None:
             of.note(self._kind(key), known, self._least(way, measured))

@@ -29,6 +29,7 @@ class Clock:
     price_s: float = 0.01
     now: float = 0.0
     asked: list[tuple[Node, Way, int, bool]] = field(default_factory=list)
+    searched: list[tuple[str, str]] = field(default_factory=list)  # by cuDNN: groups, and forms
 
     def __call__(self) -> float:
         return self.now
@@ -51,6 +52,8 @@ class SimulatedTimer(Timer):
     def seconds(self, nodes: Sequence[Node], way: Way) -> float:
         self._clock.now += self._clock.price_s
         self._clock.asked.append((nodes[0], way, len(nodes), self.marked_last))
+        if torch.backends.cudnn.benchmark:
+            self._clock.searched.append((str(nodes[0].group), way.form))
         if not self.applies(nodes, way):
             return math.inf
         least = work_of(nodes[0], self.types).seconds(len(nodes), H100, fused=way.form != LOOPED)
