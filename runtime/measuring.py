@@ -12,14 +12,14 @@ import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cgo.graph import Node, bytes_of, inputs_of
 from cgo.passes.assign_layouts import Option
 from cgo.runtime.builder import VMAP
 from cgo.runtime.choice import LOOPED, Rules, Way
-from cgo.runtime.costs import WIDTHS, CostTable, Signature, Timer
+from cgo.runtime.costs import BEHIND, WIDTHS, CostTable, Signature, Timer
 from cgo.runtime.device_profile import DeviceProfile
 from cgo.runtime.emitter import Types, operator_of
 from cgo.runtime.estimates import (
@@ -32,7 +32,7 @@ from cgo.runtime.estimates import (
     view_seconds,
     work_of,
 )
-from cgo.runtime.forms import forms_of
+from cgo.runtime.forms import Form, forms_of
 from cgo.runtime.layouts import IMAGES
 from cgo.tuning import CHANNELS, LANES, STACKED
 
@@ -75,6 +75,11 @@ Groups = Mapping[str, Sequence[Node]]
 Options = dict[str, list[Option]]
 
 
+def by_itself(form: Form) -> bool:
+    """Whether a form needs no choice."""
+    return not form.chosen
+
+
 @dataclass
 class Measuring:
     """Finds what the options of groups cost on one device.
@@ -85,6 +90,7 @@ class Measuring:
         rules: What is fused how wide.
         budget: For measuring.
         steps: Planned; they have to repay a measurement.
+        offered: Whether a form is there, on this device.
     """
 
     table: CostTable
@@ -92,6 +98,7 @@ class Measuring:
     rules: Rules
     budget: Budget
     steps: int
+    offered: Callable[[Form], bool] = by_itself
     _off: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     @property
@@ -147,7 +154,7 @@ class Measuring:
         cost = _Cost(self, nodes, timer, timer.signature(nodes, shared))
         elements = largest_elements(nodes[0], timer.types)
         found: list[Option] = []
-        for form, layout in ways_of(nodes[0]):
+        for form, layout in ways_of(nodes[0], self.offered):
             looped = form == LOOPED
             for width in [1] if looped else self.rules.widths(len(nodes), largest, elements):
                 seconds = cost(Way(form, layout), width)
@@ -226,14 +233,38 @@ class _Cost:
 
     def __call__(self, way: Way, width: int) -> float | None:
         """Seconds of the whole group executed one way, so many members at once."""
+        if not any(form.name == way.form for form in self._taking_over):
+            return self._seconds(way, width)
+        behind = self.timer.behind(self.nodes)
+        whole = self._seconds(way, width, behind)
+        apart = [self._of(nodes)(BEHIND, width) for nodes in behind]
+        if whole is None or None in apart:
+            return None
+        return max(0.0, whole - sum(seconds for seconds in apart if seconds is not None))
+
+    @property
+    def _taking_over(self) -> Iterator[Form]:
+        """Forms that do what follows as well: what that costs by itself, they save."""
+        return (form for form in forms_of(operator_of(self.nodes[0])) if form.takes_over)
+
+    def _of(self, nodes: Sequence[Node]) -> _Cost:
+        shared = [len(set(column)) == 1 for column in zip(*map(inputs_of, nodes))]
+        signature = self.timer.signature(nodes, shared)
+        return _Cost(self.measuring, nodes, self.timer, signature)
+
+    def _seconds(
+        self, way: Way, width: int, behind: Sequence[Sequence[Node]] | None = None
+    ) -> float | None:
+        """Seconds of the group, and of groups behind it that are part of this way."""
         of, size = self.measuring, len(self.nodes)
         measured = of.measured_width(size if way.form == LOOPED else width, way)
-        key = f"{way.form}/{way.layout}"
+        key = "+".join([f"{way.form}/{way.layout}", *(n[0].op for n in behind or ())])
         if self.timer.marked_last and self._images:
             key += "/last"
         known = of.table.get(self.signature, key, measured)
         if known is None and self._may and not self._is_near(key, measured):
-            known = of.budget.spend(lambda: self.timer.seconds(self.nodes[:measured], way))
+            members = [nodes[:measured] for nodes in (self.nodes, *(behind or ()))]
+            known = of.budget.spend(lambda: self.timer.seconds(members[0], way, members[1:]))
             of.table.put(self.signature, key, measured, known)
         if known is not None:
             of.note(self._kind(key), known, self._least(way, measured))
@@ -241,6 +272,8 @@ class _Cost:
         for narrower in (w for w in (1, *WIDTHS)[::-1] if w <= measured):
             if (known := of.table.near(self.signature, key, narrower)) is not None:
                 return self._scaled(known, way, narrower, width)
+        if behind is not None:  # our own kernels are taken where they are known to be faster
+            return None
         if of.profile.kind == "cpu" or not self.timer.applies(self.nodes[:2], way):
             return None
         parts = -(-size // width) if way.form != LOOPED else 1
@@ -279,10 +312,10 @@ class _Cost:
         return known * max(1.0, min(more, width / measured)) * size / width
 
 
-def ways_of(node: Node) -> list[tuple[str, str]]:
+def ways_of(node: Node, offered: Callable[[Form], bool] = by_itself) -> list[tuple[str, str]]:
     """Forms with the layouts that they can have, in the order of preference; a loop first."""
     found: list[tuple[str, str]] = [(LOOPED, LANES)]
-    for form in forms_of(operator_of(node)):
+    for form in filter(offered, forms_of(operator_of(node))):
         layouts = (STACKED, CHANNELS) if form.layouts == "either" else (form.layouts,)
         found += [(form.name, layout) for layout in layouts]
     if len(found) == 1:
