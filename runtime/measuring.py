@@ -12,7 +12,7 @@ import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cgo.graph import Node, bytes_of, inputs_of
@@ -232,8 +232,12 @@ class _Cost:
         )
 
     def __call__(self, way: Way, width: int) -> float | None:
-        """Seconds of the whole group executed one way, so many members at once."""
-        if not any(form.name == way.form for form in self._taking_over):
+        """Seconds of the whole group executed one way, so many members at once.
+
+        Of a form that takes over what stands behind, less what that costs by itself.
+        """
+        form = self._forms.get(way.form)
+        if form is None or not form.takes_over:
             return self._seconds(way, width)
         behind = self.timer.behind(self.nodes)
         whole = self._seconds(way, width, behind)
@@ -243,27 +247,24 @@ class _Cost:
         return max(0.0, whole - sum(seconds for seconds in apart if seconds is not None))
 
     @property
-    def _taking_over(self) -> Iterator[Form]:
-        """Forms that do what follows as well: what that costs by itself, they save."""
-        return (form for form in forms_of(operator_of(self.nodes[0])) if form.takes_over)
+    def _forms(self) -> Mapping[str, Form]:
+        return {form.name: form for form in forms_of(operator_of(self.nodes[0]))}
 
     def _of(self, nodes: Sequence[Node]) -> _Cost:
         shared = [len(set(column)) == 1 for column in zip(*map(inputs_of, nodes))]
         signature = self.timer.signature(nodes, shared)
         return _Cost(self.measuring, nodes, self.timer, signature)
 
-    def _seconds(
-        self, way: Way, width: int, behind: Sequence[Sequence[Node]] | None = None
-    ) -> float | None:
+    def _seconds(self, way: Way, width: int, behind: Sequence[Sequence[Node]] = ()) -> float | None:
         """Seconds of the group, and of groups behind it that are part of this way."""
         of, size = self.measuring, len(self.nodes)
         measured = of.measured_width(size if way.form == LOOPED else width, way)
-        key = "+".join([f"{way.form}/{way.layout}", *(n[0].op for n in behind or ())])
+        key = "+".join([f"{way.form}/{way.layout}", *(n[0].op for n in behind)])
         if self.timer.marked_last and self._images:
             key += "/last"
         known = of.table.get(self.signature, key, measured)
         if known is None and self._may and not self._is_near(key, measured):
-            members = [nodes[:measured] for nodes in (self.nodes, *(behind or ()))]
+            members = [nodes[:measured] for nodes in (self.nodes, *behind)]
             known = of.budget.spend(lambda: self.timer.seconds(members[0], way, members[1:]))
             of.table.put(self.signature, key, measured, known)
         if known is not None:
@@ -272,8 +273,8 @@ class _Cost:
         for narrower in (w for w in (1, *WIDTHS)[::-1] if w <= measured):
             if (known := of.table.near(self.signature, key, narrower)) is not None:
                 return self._scaled(known, way, narrower, width)
-        if behind is not None:  # our own kernels are taken where they are known to be faster
-            return None
+        if way.form in self._forms and self._forms[way.form].chosen:
+            return None  # taken where it is known to be faster
         if of.profile.kind == "cpu" or not self.timer.applies(self.nodes[:2], way):
             return None
         parts = -(-size // width) if way.form != LOOPED else 1
