@@ -35,6 +35,28 @@ CONVOLUTIONS = [
     convolution("conv_transpose2d.input", X4, T((4, 2, 3, 3)), T((4,)), (2, 2), (1, 1), (1, 1), 2),
     convolution("conv_transpose2d.input", X4, T((4, 3, 3, 3)), None, (2, 2), share=(0,)),
     convolution(
+        "conv2d.default",
+        X4,
+        T((3, 4, 3, 3)),
+        T((3,)),
+        (2, 2),
+        form="grouped convolution, reformatted",
+    ),
+    convolution(
+        "conv2d.padding",
+        X4,
+        T((3, 4, 1, 1)),
+        None,
+        (1, 1),
+        "same",
+        channels=(0,),
+        form="grouped convolution, reformatted",
+    ),
+    convolution("conv2d.default", X4, T((3, 4, 1, 1)), T((3,)), form="products of channels"),
+    convolution(
+        "conv2d.default", X4, T((3, 4, 1, 1)), None, channels=(0,), form="products of channels"
+    ),
+    convolution(
         "conv2d.default", X4, T((3, 4, 3, 3)), T((3,)), form="wide convolution", share=(0,)
     ),
     convolution("conv1d.default", X3, T((3, 4, 3)), None, form="wide convolution", share=(0,)),
