@@ -24,14 +24,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Elements of a tile, and its channels where these lie last.
-_TILE = 4096
-_CHANNELS = 32
+#: Rows and columns of a tile: of channels that lie last, of large images and of small ones. Few, as
+#: each is compiled anew.
+_LAST, _LARGE, _SMALL = (128, 32), (4, 1024), (64, 64)
+_LARGE_PIXELS = 512
 _WARPS = 8
 
 #: Programs that fill a device; with fewer channels, rows are divided, into so many parts at most.
 _PROGRAMS = 512
 _MOST_PARTS = 64
+
+#: Sizes that say nothing about how values are best read.
+_VARYING = ("rows", "per_part", "parts")
 
 #: What a launch does: all of it, or one of two halves.
 _ALL, _COLLECT, _FINISH = 0, 1, 2
@@ -160,7 +164,7 @@ def _of_channel(given, channel, there, otherwise, ACC: tl.constexpr):
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _forward(
     x, weight, bias, residual, out, running_mean, running_var, saved_mean, saved_rstd, held,
     rows, per_part, parts, channels, pixels, stride,
@@ -252,7 +256,7 @@ def _sums(
     return _total(plain, LAST), _total(product, LAST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _backward(
     gradient, x, out, weight, bias, saved_mean, saved_rstd,
     to_x, to_weight, to_bias, to_residual, held,
@@ -337,15 +341,12 @@ def arrange(x: Tensor) -> Arrangement:
     pixels = x[0, 0].numel() if samples and channels else 0
     last = pixels == 1 or not x.is_contiguous()
     rows, pixels = (samples * pixels, 1) if last else (samples, pixels)
-    columns = min(triton.next_power_of_2(channels), _CHANNELS)
-    if not last:
-        columns = min(triton.next_power_of_2(pixels), _TILE // 4)
-    height = min(max(1, _TILE // columns), triton.next_power_of_2(rows))
-    programs = triton.cdiv(channels, columns) if last else channels
-    parts = min(_PROGRAMS // max(programs, 1), triton.cdiv(rows, height), _MOST_PARTS)
+    tile = _LAST if last else _LARGE if pixels >= _LARGE_PIXELS else _SMALL
+    programs = triton.cdiv(channels, tile[1]) if last else channels
+    parts = min(_PROGRAMS // max(programs, 1), triton.cdiv(rows, tile[0]), _MOST_PARTS)
     # So many rows each that none is left without any.
     parts = triton.cdiv(rows, triton.cdiv(rows, max(parts, 1)))
-    return Arrangement(last, rows, channels, pixels, (height, columns), parts)
+    return Arrangement(last, rows, channels, pixels, tile, parts)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -415,7 +416,7 @@ def _launch(
     constants |= {
         "ROWS": found.tile[0],
         "COLUMNS": found.tile[1],
-        "PARTS": triton.next_power_of_2(found.parts),
+        "PARTS": _MOST_PARTS,
         "LAST": found.last,
         "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
     }
