@@ -406,6 +406,13 @@ class Timer:
             log.debug("%s as %s cannot be measured: %s", nodes[0].op, way, without_frames(error))
             return math.inf  # another way, or the rules
 
+    def prepare(
+        self, nodes: Sequence[Node], way: Way, behind: Sequence[Sequence[Node]] = ()
+    ) -> None:
+        """Have what `seconds` is to measure compiled; what is compiled is kept on disk."""
+        if self._device.type == "cuda":
+            self.seconds(nodes, way, behind)
+
     def built(
         self, nodes: Sequence[Node], way: Way, behind: Sequence[Sequence[Node]] = ()
     ) -> Built | None:

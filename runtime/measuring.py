@@ -34,6 +34,7 @@ from cgo.runtime.estimates import (
 )
 from cgo.runtime.forms import Form, forms_of
 from cgo.runtime.layouts import IMAGES
+from cgo.runtime.triton_kernels import usable
 from cgo.tuning import CHANNELS, LANES, STACKED
 
 #: Members of a loop that are timed together on a GPU.
@@ -265,6 +266,8 @@ class _Cost:
         known = of.table.get(self.signature, key, measured)
         if known is None and self._may and not self._is_near(key, measured):
             members = [nodes[:measured] for nodes in (self.nodes, *behind)]
+            if way.form in self._forms and self._forms[way.form].offered is usable:
+                self.timer.prepare(members[0], way, members[1:])  # is no part of the budget
             known = of.budget.spend(lambda: self.timer.seconds(members[0], way, members[1:]))
             of.table.put(self.signature, key, measured, known)
         if known is not None:

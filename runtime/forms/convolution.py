@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from cgo.dtypes import torch_dtype
 from cgo.operators import aten
 from cgo.runtime.emitter import Column, Emitter, Group, Packed
 from cgo.runtime.forms import form
 from cgo.runtime.forms.folding import fold, unfold
+from cgo.runtime.grouped_convolutions import convolved
 from cgo.runtime.kernels import batched_linear
 from cgo.runtime.layouts import IMAGES, reformatted
 from cgo.runtime.solo import is_pointwise
+from cgo.runtime.triton_kernels import usable
 from cgo.runtime.unsafe import needs_contiguous
 from cgo.tuning import CHANNELS, STACKED
 
@@ -76,6 +79,42 @@ def reformatting(emitter: Emitter, group: Group) -> Sequence[Packed] | None:
     x = emitter.call(reformatted, emitter.channels(given["input"]), last)
     result = _result(emitter, group, x, groups=groups)
     return [Packed(emitter.call(reformatted, result, not last), CHANNELS)]
+
+
+#: Beyond so many channels torch's kernels are as good as products of that size can be.
+_MOST_CHANNELS = 128
+
+
+@form("grouped convolution in one kernel", "conv2d", layouts="channels", offered=usable)
+def kernel(emitter: Emitter, group: Group) -> Sequence[Packed] | None:
+    """Square kernels over contiguous images, in Triton."""
+    given, type_ = group.arguments, group.types[0]
+    geometry = _square(group)
+    if emitter.images_last or not _usual(group) or geometry is None or type_ is None:
+        return None
+    on_gpu = emitter.device.type == "cuda"
+    if not usable(emitter.device, True) or (on_gpu and type_.dtype == "float64"):
+        return None
+    x, weight = emitter.channels(given["input"]), emitter.joined(given["weight"])
+    bias, dtype = emitter.optional(given["bias"]), torch_dtype(type_.dtype)
+    value = emitter.call(convolved, x, weight, bias, group.size, *geometry, dtype)
+    return [Packed(value, CHANNELS)]
+
+
+def _square(group: Group) -> tuple[int, int] | None:
+    """Stride and padding, if both are the same in both directions and nothing else is set."""
+    given, weight = group.arguments, group.arguments["weight"]
+    if weight.ndim != IMAGES or given["groups"] != 1 or set(given["dilation"]) != {1}:
+        return None
+    stride, kernel, pads = {*given["stride"]}, {*weight.shape[2:]}, given["padding"]
+    if max(weight.shape[:2]) > _MOST_CHANNELS or len(stride) > 1 or len(kernel) > 1:
+        return None
+    (step,), (size,) = stride, kernel
+    if pads == "same" and step == 1 and size % 2:
+        return step, size // 2
+    if isinstance(pads, str):
+        return (step, 0) if pads == "valid" else None
+    return (step, pads[0]) if len({*pads}) == 1 else None
 
 
 @form("products of channels", "conv2d", layouts="channels", offered=_on_cuda)

@@ -20,7 +20,7 @@ from cgo.runtime.emitter import operator_of, runs
 from cgo.runtime.forms import forms_of
 from cgo.runtime.fused_norms import evaluated, normalised, trained, trained_copying
 from cgo.runtime.measuring import Budget, Measuring
-from cgo.runtime.streams import _written
+from cgo.runtime.streams import written_by
 from cgo.runtime.tape import compile_tape, interpreted, record, record_body
 from cgo.runtime.triton_kernels import usable
 from cgo.runtime.tuning import Tuner
@@ -57,7 +57,7 @@ def test_a_step_is_recorded_and_replayed_with_its_bits(replayed):
     wanted = given()
     results, tape = record(step, given())
     mutable = [call for call in tape.calls if call.op._schema.is_mutable]
-    assert [len(list(_written(call))) for call in mutable] == [2]
+    assert [len(list(written_by(call))) for call in mutable] == [2]
     expected = step(*wanted)
     inputs = given()
     found = replayed(tape)(*inputs)

@@ -52,6 +52,14 @@ CONVOLUTIONS = [
         channels=(0,),
         form="grouped convolution, reformatted",
     ),
+    convolution(
+        "conv2d.default",
+        T((1, 2, 3, 3)),
+        T((2, 2, 1, 1)),
+        T((2,)),
+        (2, 2),
+        form="grouped convolution in one kernel",
+    ),
     convolution("conv2d.default", X4, T((3, 4, 1, 1)), T((3,)), form="products of channels"),
     convolution(
         "conv2d.default", X4, T((3, 4, 1, 1)), None, channels=(0,), form="products of channels"
