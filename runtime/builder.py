@@ -18,6 +18,7 @@ from cgo.runtime.emitter import Emitter, Group, Packed, item, make_group, return
 from cgo.runtime.forms import forms_of
 from cgo.runtime.forms.elementwise import adds_nothing
 from cgo.runtime.forms.general import vectorise
+from cgo.runtime.fused_norms import trained
 from cgo.runtime.layouts import IMAGES
 from cgo.runtime.operators import batch_norm, batch_norm_copying, symbol_value
 from cgo.runtime.peepholes import simplify
@@ -113,7 +114,7 @@ class Builder:
         if way is not None and self._write_form(group, way):
             return way.form, ""
         for form in forms_of(group.operator):
-            if self._set(group, form.rule(self.emitter, group)):
+            if not form.chosen and self._set(group, form.rule(self.emitter, group)):
                 return form.name, ""
         values, reason = vectorise(self.emitter, group)
         return (VMAP, "") if self._set(group, values) else (None, reason)
@@ -263,4 +264,4 @@ STANDS_IN = {
 
 def _has_effect(node: fx.Node) -> bool:
     """Writing statistics is an effect; what else is not read need not be computed."""
-    return node.op in ("placeholder", "output") or node.target in (batch_norm,)
+    return node.op in ("placeholder", "output") or node.target in (batch_norm, trained)

@@ -18,7 +18,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from cgo.runtime.accelerator import (
     without_frames,
 )
 from cgo.runtime.builder import Builder
+from cgo.runtime.chains import behind_norms
 from cgo.runtime.choice import LOOPED, Way
 from cgo.runtime.emitter import Column, Emitter, Group, Packed, Types, make_group
 from cgo.runtime.gradients import learning_refs
@@ -57,6 +58,9 @@ _LEAST_S = 1e-6
 #: Inputs are rotated until they fill this much, as in a step, where others' values lie between.
 _ROTATED_BYTES = 4e6
 _MOST_SETS = 8
+
+#: How what follows a norm is executed where that takes it over.
+BEHIND = Way("elementwise", CHANNELS)
 
 #: Widths at which fused forms are measured; between them costs a member are interpolated.
 WIDTHS = (2, 4, 8, 16, 32)
@@ -329,6 +333,7 @@ class Timer:
         self._last = device.type == "cpu" if images_last is None else images_last
         self._sources = {node.name: node for node in graph.nodes if node.op in HANDED}
         self._learning = learning_refs(graph)
+        self._graph = graph
         self.types: Types = {
             Ref(node.name, index): type_
             for node in graph.nodes
@@ -344,6 +349,14 @@ class Timer:
     def separates(self) -> bool:
         """Whether the device's kernels are known to keep the members of a group apart."""
         return accelerator_for(self._device).separates
+
+    @cached_property
+    def _behind(self) -> Mapping[str, Sequence[Sequence[Node]]]:
+        return behind_norms(self._graph)
+
+    def behind(self, nodes: Sequence[Node]) -> Sequence[Sequence[Node]]:
+        """Groups behind a group of batch norms that a kernel takes over, see `behind_norms`."""
+        return self._behind.get(nodes[0].group or "", ())
 
     def applies(self, nodes: Sequence[Node], way: Way) -> bool:
         """Whether a group can be executed one way."""
@@ -372,13 +385,17 @@ class Timer:
         floats = type_ is not None and type_.dtype.startswith(("float", "bfloat"))
         return floats and ref.name not in self._sources
 
-    def seconds(self, nodes: Sequence[Node], way: Way) -> float:
+    def seconds(
+        self, nodes: Sequence[Node], way: Way, behind: Sequence[Sequence[Node]] = ()
+    ) -> float:
         """Forward and backward of a group executed one way; infinite where that is impossible.
+
+        With groups `behind` it, each of which reads the one before, element by element.
 
         Whatever it raises, running out of memory or a backward that an operator does not have,
         is raised by this way of executing the group alone: another is chosen.
         """
-        built = self.built(nodes, way)
+        built = self.built(nodes, way, behind)
         if built is None:
             return math.inf
         size = sum(math.prod(given.shape) * 4 for given in built.given)
@@ -389,13 +406,27 @@ class Timer:
             log.debug("%s as %s cannot be measured: %s", nodes[0].op, way, without_frames(error))
             return math.inf  # another way, or the rules
 
-    def built(self, nodes: Sequence[Node], way: Way) -> Built | None:
+    def prepare(
+        self, nodes: Sequence[Node], way: Way, behind: Sequence[Sequence[Node]] = ()
+    ) -> None:
+        """Have what `seconds` is to measure compiled; what is compiled is kept on disk."""
+        if self._device.type == "cuda":
+            self.seconds(nodes, way, behind)
+
+    def built(
+        self, nodes: Sequence[Node], way: Way, behind: Sequence[Sequence[Node]] = ()
+    ) -> Built | None:
         """A group executed one way, as a function; None where that is impossible."""
         group = make_group(nodes, self.types)
-        emitter = Emitter(self._device, self.types, _once(nodes), self._last)
+        every = [node for several in (nodes, *behind) for node in several]
+        emitter = Emitter(self._device, self.types, _once(every), self._last)
         builder = Builder(emitter, nodes[0].autocast)
         given = self._given(emitter, group, way)
         results = builder.write_way(group, way)
+        for several in behind:
+            group = make_group(several, self.types)
+            given += self._given(emitter, group, BEHIND)
+            results = results and builder.write_way(group, BEHIND)
         if results is None:
             return None
         packed = [emitter.packed(group.refs(i)[0]) for i in range(len(group.types))]
@@ -430,10 +461,10 @@ class Timer:
         ) -> fx.Node:
             images = column.ndim == IMAGES and column.refs[0].name not in self._sources
             found.append(Given(column.type, shape, self._learns(refs), images, layout))
-            return emitter.graph.placeholder(f"s{len(found)}")
+            return emitter.graph.placeholder(f"s{len(emitter.graph.nodes)}")
 
         for column in group.columns:
-            if column.refs in done:
+            if column.refs in done or emitter.whole(column.refs) is not None:
                 continue
             done.add(column.refs)
             if column.shared or way.form == LOOPED:

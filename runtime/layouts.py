@@ -35,6 +35,24 @@ def contiguous(value: Tensor) -> Tensor:
     return value.contiguous().flatten().view(value.shape)
 
 
+def reformatted(value: Tensor, last: bool) -> Tensor:
+    """Images with channels last in memory or not; the gradient is as the value was before."""
+    result: Tensor = _Reformatted.apply(value, last)
+    return result
+
+
+class _Reformatted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, last: bool) -> Tensor:
+        ctx.before = value.is_contiguous(memory_format=torch.channels_last)
+        found = channels_last(value) if last else contiguous(value)
+        return found.view_as(found) if found is value else found
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return channels_last(gradient) if ctx.before else contiguous(gradient), None
+
+
 def stack(lanes: list[Tensor]) -> Tensor:
     """M times (...) to (M, ...)."""
     if lanes[0].ndim != IMAGES:

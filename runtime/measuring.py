@@ -20,7 +20,7 @@ from cgo.graph import Node, bytes_of, inputs_of
 from cgo.passes.assign_layouts import Option
 from cgo.runtime.builder import VMAP
 from cgo.runtime.choice import LOOPED, Rules, Way
-from cgo.runtime.costs import WIDTHS, CostTable, Signature, Timer
+from cgo.runtime.costs import BEHIND, WIDTHS, CostTable, Signature, Timer
 from cgo.runtime.device_profile import DeviceProfile
 from cgo.runtime.emitter import Types, operator_of
 from cgo.runtime.estimates import (
@@ -33,9 +33,10 @@ from cgo.runtime.estimates import (
     view_seconds,
     work_of,
 )
-from cgo.runtime.forms import forms_of
+from cgo.runtime.forms import Form, forms_of
 from cgo.runtime.layouts import IMAGES
 from cgo.runtime.searching import FOUND, SEARCHED, candidate, searching, worth_searching
+from cgo.runtime.triton_kernels import usable
 from cgo.tuning import CHANNELS, LANES, STACKED
 
 #: Members of a loop that are timed together on a GPU.
@@ -77,6 +78,11 @@ Groups = Mapping[str, Sequence[Node]]
 Options = dict[str, list[Option]]
 
 
+def by_itself(form: Form) -> bool:
+    """Whether a form needs no choice."""
+    return not form.chosen
+
+
 @dataclass
 class Measuring:
     """Finds what the options of groups cost on one device.
@@ -87,6 +93,7 @@ class Measuring:
         rules: What is fused how wide.
         budget: For measuring.
         steps: Planned; they have to repay a measurement.
+        offered: Whether a form is there, on this device.
         search: Whether cuDNN may be asked to time its kernels.
     """
 
@@ -95,6 +102,7 @@ class Measuring:
     rules: Rules
     budget: Budget
     steps: int
+    offered: Callable[[Form], bool] = by_itself
     search: bool = False
     searched: set[str] = field(default_factory=set)  # groups by name
     _off: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -166,7 +174,7 @@ class Measuring:
         cost = _Cost(self, nodes, timer, timer.signature(nodes, shared))
         elements = largest_elements(nodes[0], timer.types)
         found: list[Option] = []
-        for form, layout in ways_of(nodes[0]):
+        for form, layout in ways_of(nodes[0], self.offered):
             looped = form == LOOPED
             for width in [1] if looped else self.rules.widths(len(nodes), largest, elements):
                 seconds = cost(Way(form, layout), width)
@@ -251,10 +259,34 @@ class _Cost:
         )
 
     def __call__(self, way: Way, width: int) -> float | None:
-        """Seconds of the whole group executed one way, so many members at once."""
+        """Seconds of the whole group executed one way, so many members at once.
+
+        Of a form that takes over what stands behind, less what that costs by itself.
+        """
+        form = self._forms.get(way.form)
+        if form is None or not form.takes_over:
+            return self._seconds(way, width)
+        behind = self.timer.behind(self.nodes)
+        whole = self._seconds(way, width, behind)
+        apart = [self._of(nodes)(BEHIND, width) for nodes in behind]
+        if whole is None or None in apart:
+            return None
+        return max(0.0, whole - sum(seconds for seconds in apart if seconds is not None))
+
+    @property
+    def _forms(self) -> Mapping[str, Form]:
+        return {form.name: form for form in forms_of(operator_of(self.nodes[0]))}
+
+    def _of(self, nodes: Sequence[Node]) -> _Cost:
+        shared = [len(set(column)) == 1 for column in zip(*map(inputs_of, nodes))]
+        signature = self.timer.signature(nodes, shared)
+        return _Cost(self.measuring, nodes, self.timer, signature)
+
+    def _seconds(self, way: Way, width: int, behind: Sequence[Sequence[Node]] = ()) -> float | None:
+        """Seconds of the group, and of groups behind it that are part of this way."""
         of, size = self.measuring, len(self.nodes)
         measured = of.measured_width(size if way.form == LOOPED else width, way)
-        key = f"{way.form}/{way.layout}"
+        key = "+".join([f"{way.form}/{way.layout}", *(n[0].op for n in behind)])
         if self.timer.marked_last and self._images:
             key += "/last"
         search = way.form == SEARCHED and self.nodes[0].group in of.searched
@@ -262,8 +294,11 @@ class _Cost:
             key, measured = key + FOUND, width  # what is found holds for this very shape
         known = of.table.get(self.signature, key, measured)
         if known is None and self._may and not self._is_near(key, measured):
+            members = [nodes[:measured] for nodes in (self.nodes, *behind)]
+            if way.form in self._forms and self._forms[way.form].offered is usable:
+                self.timer.prepare(members[0], way, members[1:])  # is no part of the budget
             with searching() if search else contextlib.nullcontext():
-                known = of.budget.spend(lambda: self.timer.seconds(self.nodes[:measured], way))
+                known = of.budget.spend(lambda: self.timer.seconds(members[0], way, members[1:]))
             of.table.put(self.signature, key, measured, known)
         if known is not None:
             of.note(self._kind(key), known, self._least(way, measured))
@@ -271,6 +306,8 @@ class _Cost:
         for narrower in (w for w in (1, *WIDTHS)[::-1] if w <= measured):
             if (known := of.table.near(self.signature, key, narrower)) is not None:
                 return self._scaled(known, way, narrower, width)
+        if way.form in self._forms and self._forms[way.form].chosen:
+            return None  # taken where it is known to be faster
         if of.profile.kind == "cpu" or not self.timer.applies(self.nodes[:2], way):
             return None
         parts = -(-size // width) if way.form != LOOPED else 1
@@ -309,10 +346,10 @@ class _Cost:
         return known * max(1.0, min(more, width / measured)) * size / width
 
 
-def ways_of(node: Node) -> list[tuple[str, str]]:
+def ways_of(node: Node, offered: Callable[[Form], bool] = by_itself) -> list[tuple[str, str]]:
     """Forms with the layouts that they can have, in the order of preference; a loop first."""
     found: list[tuple[str, str]] = [(LOOPED, LANES)]
-    for form in forms_of(operator_of(node)):
+    for form in filter(offered, forms_of(operator_of(node))):
         layouts = (STACKED, CHANNELS) if form.layouts == "either" else (form.layouts,)
         found += [(form.name, layout) for layout in layouts]
     if len(found) == 1:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
+from cgo.runtime.fused_norms import trained, trained_copying
 from cgo.runtime.operators import batch_norm, batch_norm_copying
 
 
@@ -70,6 +71,10 @@ def _crossing(calls: Sequence[fx.Node]) -> list[int]:
     return list(accumulate(changes))
 
 
+#: What is computed once more, without the hidden write.
+_WITHOUT_WRITING = {batch_norm: batch_norm_copying, trained: trained_copying}
+
+
 class _Segment:
     """Some calls that stand together, as a function that is run once more in the backward."""
 
@@ -80,7 +85,7 @@ class _Segment:
         self.gives = [node for node in calls if any(user not in own for user in node.users)]
         self._first = self._written(calls, {})
         # The hidden write of running statistics must not happen twice; results do not read them.
-        self._again = self._written(calls, {batch_norm: batch_norm_copying})
+        self._again = self._written(calls, _WITHOUT_WRITING)
 
     def _written(self, calls: Sequence[fx.Node], instead: Mapping[Any, Any]) -> fx.GraphModule:
         graph, copies = fx.Graph(), {}

@@ -24,6 +24,7 @@ from cgo.runtime.costs import CostTable, Repacking, Timer, default_path, repacki
 from cgo.runtime.device_profile import DeviceProfile, measure, profile_of
 from cgo.runtime.emitter import Types, operator_of, runs
 from cgo.runtime.estimates import estimated_repacking, work_of
+from cgo.runtime.forms import Form, all_forms, forms_of
 from cgo.runtime.isolation import Separation
 from cgo.runtime.measuring import Budget, Groups, Measuring, Options, ways_of
 from cgo.runtime.record import Memory, Record
@@ -31,6 +32,7 @@ from cgo.runtime.searching import SEARCHED, candidate, may_search, searching, wo
 from cgo.runtime.streams import Overlap
 from cgo.runtime.tape import Replay, Tape
 from cgo.runtime.taped import Later
+from cgo.runtime.triton_kernels import usable
 from cgo.runtime.verdicts import Verdicts
 from cgo.tuning import LANES, Tuning
 
@@ -86,7 +88,14 @@ class Tuner:
     def measuring(self) -> Measuring:
         """Finds what the options of groups cost."""
         search = may_search(self.tuning.search, self.device)
-        return Measuring(self.table, self.profile, self.rules, self.budget, self.steps, search)
+        rest = self.budget, self.steps, self._offered, search
+        return Measuring(self.table, self.profile, self.rules, *rest)
+
+    def _offered(self, form: Form) -> bool:
+        """Whether a form is measured: kernels on a CPU are run by an interpreter, for tests."""
+        if form.offered is None:
+            return True
+        return self.device.type != "cpu" and form.offered(self.device, self.tuning.kernels)
 
     def close(self) -> None:
         """Close the table of costs, and end what is compiled for nobody any more."""
@@ -110,6 +119,7 @@ class Tuner:
         if found is not None:
             self._search_again(ruled.graph, options, last)
         timer = self._timer(ruled.graph, last)
+        options = self._allowed(options)
         options = Separation(self.table, self.tell).options(ruled.graph, options, timer)
         options, last = memory.add(options, last)
         if self.record is not None:
@@ -190,8 +200,32 @@ class Tuner:
 
     def _options(self, groups: Groups, timers: Sequence[Timer]) -> list[Options]:
         if self.tuning.forced:
-            return [{n: self._forced(groups[n], timer) for n in groups} for timer in timers]
-        return self.measuring.options(groups, timers)
+            found = [{n: self._forced(groups[n], timer) for n in groups} for timer in timers]
+        else:
+            found = self.measuring.options(groups, timers)
+        if self.tuning.kernels and self.device.type == "cpu":
+            wanted = {name: self._interpreted(nodes) for name, nodes in groups.items()}
+            return [options | {n: o for n, o in wanted.items() if o} for options in found]
+        return found
+
+    def _allowed(self, options: dict[str, Option]) -> dict[str, Option]:
+        """A record's options; groups are executed by rule where these are of forbidden kernels."""
+        if self.tuning.kernels is not False:
+            return options
+        forbidden = {form.name for form in all_forms() if form.offered is usable}
+        return {name: o for name, o in options.items() if o.form not in forbidden}
+
+    def _interpreted(self, nodes: Sequence[Node]) -> list[Option]:
+        """The kernel that was asked for, by Triton's interpreter."""
+        asked = self.device, self.tuning.kernels
+        width = min(self.tuning.width or len(nodes), len(nodes))
+        looped = self.tuning.layout == LANES or width == 1
+        forms = () if looped else forms_of(operator_of(nodes[0]))
+        return [
+            Option(form.name, form.layouts, width, 0.0)
+            for form in forms
+            if form.offered is usable and form.offered(*asked)
+        ]
 
     def _timer(self, graph: Graph, last: bool | None) -> Timer:
         return self.timing(self.device, graph, images_last=last)

@@ -67,7 +67,10 @@ def elementwise(emitter: Emitter, group: Group) -> Sequence[Packed] | None:
     literals = emitter.literals(group, "memory_format")
     overload = aten(group.nodes[0].op)
     assert overload is not None
-    return [Packed(emitter.call(overload, **values, **literals), layout)]
+    result = emitter.call(overload, **values, **literals)
+    own = _named_columns(group).values()
+    result.meta["alike"] = all(not c.shared and c.shape == group.shape for c in own)
+    return [Packed(result, layout)]
 
 
 @form("same value", "contiguous alias", layouts="either")

@@ -7,6 +7,7 @@ from cgo.runtime.layouts import (
     channels_last,
     gather,
     keep_images,
+    reformatted,
     stack,
     to_channels,
     to_stacked,
@@ -33,6 +34,21 @@ def test_layouts_hold_the_same_values(shape, last):
     assert torch.equal(channels, torch.cat(lanes, 1))
     assert torch.equal(to_stacked(channels, 3), stacked)
     assert all(torch.equal(a, b) for a, b in zip(unstack(stacked), lanes, strict=True))
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("before", [False, True])
+def test_the_gradient_of_reformatted_images_is_as_these_were(before, last):
+    x = torch.randn(2, 4, 3, 5, dtype=torch.float64)
+    x = (channels_last(x) if before else x).requires_grad_()
+    y = reformatted(x, last)
+    assert y is not x
+    assert is_last(y) == last
+    assert torch.equal(y, x)
+    factor = torch.randn(2, 4, 3, 5, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad((y * factor).sum(), x)
+    assert torch.equal(gradient, factor)
+    assert is_last(gradient) == before
 
 
 def test_images_keep_channels_last_through_every_copy_and_its_backward():

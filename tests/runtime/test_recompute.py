@@ -2,15 +2,20 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from support.merged import Case, Merged, assert_same_bits
+from torch import fx
 
 import cgo
 from cgo.graph import Graph, Node, Output, Ref, TensorType
 from cgo.planner import Planner
 from cgo.runtime.choice import rules_for
+from cgo.runtime.fused_norms import trained
 from cgo.runtime.lower import lower
 from cgo.runtime.memory import estimate, measured_peak
+from cgo.runtime.recompute import recomputing
+from cgo.runtime.triton_kernels import usable
 
 CPU = torch.device("cpu")
 F32 = TensorType("float32", (32, 64))
@@ -75,6 +80,21 @@ def test_statistics_are_written_once():
     assert mean.tolist() == [0.5, 0.5]
     results[0].backward()
     assert mean.tolist() == [0.5, 0.5]
+
+
+@pytest.mark.skipif(not usable(CPU, True), reason="no interpreter of Triton")
+def test_a_norm_in_a_kernel_of_ours_writes_its_statistics_once_as_well():
+    graph = fx.Graph()
+    x, mean, var = (graph.placeholder(name) for name in ("x", "mean", "var"))
+    norm = graph.call_function(trained, (x, None, None, mean, var, 0.5, 1e-5))
+    graph.output((graph.call_function(torch.tanh, (norm,)),))
+    given = torch.randn(3, 2).requires_grad_()
+    mean, var = torch.zeros(2), torch.ones(2)
+    (result,) = recomputing(graph)(given, mean, var)
+    written = mean.clone()
+    assert written.abs().min() > 0
+    result.sum().backward()
+    assert torch.equal(mean, written)
 
 
 def test_training_gives_the_same_bits(tmp_path):

@@ -3,14 +3,18 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from cgo.graph import Graph, Node, Output, Ref, Symbol, TensorType
 from cgo.operators import aten
+from cgo.runtime.choice import Way
+from cgo.runtime.forms import all_forms
 from cgo.runtime.lower import lower
 from cgo.runtime.operators import symbol_value
 from cgo.runtime.packing import Pack
+from cgo.runtime.triton_kernels import usable
 
 CPU = torch.device("cpu")
 DTYPES = {torch.float64: "float64", torch.int64: "int64", torch.bool: "bool"}
@@ -148,7 +152,10 @@ class Members:
         """The same from the fused program, and how it was executed."""
         leaves = self.leaves()
         graph, packs = self.graph(packed)
-        lowered = lower(graph, "train/4", CPU, packs)
+        ways = self.ways()
+        # Forms for a GPU choose between formats of images; there, these are contiguous as a rule.
+        last = False if ways and "conv" in self.call.op else None
+        lowered = lower(graph, "train/4", CPU, packs, ways=ways, images_last=last)
         by_name = {
             f"m{m}/x{i}" if i not in self.call.share else f"shared/x{i}": leaf
             for m, row in enumerate(leaves)
@@ -174,6 +181,15 @@ class Members:
             named[output.model, index] = values[source][lane]
         outputs = [[named[f"m{m}", i] for i in range(len(self.outputs))] for m in range(self.size)]
         return self._result(outputs, leaves), lowered.decisions
+
+    def ways(self):
+        """What forms that are not taken by themselves are chosen by."""
+        (form,) = [f for f in all_forms() if f.name == self.call.form] or [None]
+        if form is None or not form.chosen:
+            return {}
+        if form.offered is usable and not usable(CPU, True):
+            pytest.skip("kernels in Triton run here neither on a GPU nor by the interpreter")
+        return {"g": Way(form.name, form.layouts)}
 
     def _result(self, outputs, leaves):
         """Outputs, then gradients for random cotangents; the same ones in every run."""

@@ -14,7 +14,9 @@ from cgo.graph import Node
 from cgo.runtime.choice import LOOPED, Rules, Way, rules_for
 from cgo.runtime.costs import CostTable, Timer
 from cgo.runtime.device_profile import DeviceProfile, prior
+from cgo.runtime.emitter import operator_of
 from cgo.runtime.estimates import work_of
+from cgo.runtime.forms import forms_of
 from cgo.runtime.tuning import Tuner
 from cgo.tuning import Tuning
 
@@ -49,16 +51,24 @@ class SimulatedTimer(Timer):
         super().__init__(*args, **kwargs)
         self._clock, self._factors = clock, factors
 
-    def seconds(self, nodes: Sequence[Node], way: Way) -> float:
+    def seconds(
+        self, nodes: Sequence[Node], way: Way, behind: Sequence[Sequence[Node]] = ()
+    ) -> float:
         self._clock.now += self._clock.price_s
         self._clock.asked.append((nodes[0], way, len(nodes), self.marked_last))
         if torch.backends.cudnn.benchmark:
             self._clock.searched.append((str(nodes[0].group), way.form))
-        if not self.applies(nodes, way):
+        chosen = {form.name for form in forms_of(operator_of(nodes[0])) if form.chosen}
+        if not self.applies(nodes, way) or (way.form in chosen and way.form not in self._factors):
             return math.inf
         least = work_of(nodes[0], self.types).seconds(len(nodes), H100, fused=way.form != LOOPED)
         factor = self._factors.get("last" if self.marked_last else way.form, 1.0)
         return max(1e-6, least * factor)
+
+    def prepare(
+        self, nodes: Sequence[Node], way: Way, behind: Sequence[Sequence[Node]] = ()
+    ) -> None:
+        """Nothing is compiled here."""
 
     def repacked(self, kind: str, size: int) -> float:
         return 1e-6 * size
