@@ -20,8 +20,8 @@ from torch import Tensor
 
 from cgo.private import many_tensors
 
-#: Elements of a block: three tensors of so many lie in the cache that cores share. With fewer, calls
-#: take longer than what a core's own cache gains.
+#: Elements of a block: three tensors of so many lie in the cache that cores share. With fewer,
+#: calls take longer than what a core's own cache gains.
 _BLOCK = 2**18
 
 
