@@ -24,6 +24,9 @@ from cgo.private import many_tensors
 #: calls take longer than what a core's own cache gains.
 _BLOCK = 2**18
 
+#: Elements of a lane from which each leaf has calls of its own, which pass over memory less often.
+_LONG = 1024
+
 
 @dataclass(frozen=True)
 class _Part:
@@ -48,6 +51,7 @@ class _Block:
     values: list[Tensor]
     moments: list[Tensor]  # empty without momentum
     moment: Tensor | None  # the stretch as a whole
+    long: bool  # it is of one leaf, whose lanes are long
     numbers: dict[str, list[Tensor]]  # of each part, a number a row
 
 
@@ -83,12 +87,22 @@ class RowSteps:
         self._values = _rows(values, shapes)
         self._moments = [] if moment is None else _rows(moment, shapes)
         self._blocks = [
-            self._block(parts, numbers, None if moment is None else moment[start:end])
+            self._block(
+                parts,
+                numbers,
+                None if moment is None else moment[start:end],
+                long=shapes[parts[0].leaf][1] >= _LONG,
+            )
             for parts, start, end in _stretches(shapes)
         ]
 
     def _block(
-        self, parts: list[_Part], numbers: dict[str, Sequence[Tensor]], moment: Tensor | None
+        self,
+        parts: list[_Part],
+        numbers: dict[str, Sequence[Tensor]],
+        moment: Tensor | None,
+        *,
+        long: bool,
     ) -> _Block:
         own = {
             name: [rows[p.leaf] if p.lanes is None else rows[p.leaf][p.lanes] for p in parts]
@@ -96,7 +110,7 @@ class RowSteps:
         }
         values = [part.of(self._values[part.leaf]) for part in parts]
         moments = [part.of(self._moments[part.leaf]) for part in parts] if self._moments else []
-        return _Block(parts, values, moments, moment, own)
+        return _Block(parts, values, moments, moment, long, own)
 
     def __call__(
         self,
@@ -123,16 +137,32 @@ class RowSteps:
         if "weight_decay" in numbers:
             update = many_tensors.addcmul(update, block.values, numbers["weight_decay"])
         if block.moment is not None:
-            if self._momentum is None:
-                many_tensors.mul_(block.moments, numbers["momentum"])
-            else:
-                block.moment.mul_(self._momentum)
-            many_tensors.add_(block.moments, update)
+            self._move(block, block.moment, update)
             if self._nesterov:
                 update = many_tensors.addcmul(update, block.moments, numbers["momentum"])
             else:
                 update = block.moments
         many_tensors.addcmul_(block.values, update, numbers["lr"])
+
+    def _move(self, block: _Block, whole: Tensor, update: Sequence[Tensor]) -> None:
+        """Momentum times the moment, plus the update.
+
+        Both ways of a long block, with one number and with several, round once; those of a short
+        one twice. Which it is depends on a lane's own length alone.
+        """
+        several = block.numbers["momentum"]
+        if block.long:
+            (moment,), (given,) = block.moments, update
+            if self._momentum is None:
+                torch.addcmul(given, moment, several[0], out=moment)
+            else:
+                torch.add(given, moment, alpha=self._momentum, out=moment)
+            return
+        if self._momentum is None:
+            many_tensors.mul_(block.moments, several)
+        else:
+            whole.mul_(self._momentum)
+        many_tensors.add_(block.moments, update)
 
     def _read(self, groups: Sequence[Mapping[str, Any]]) -> None:
         for name in self._names:
@@ -167,18 +197,19 @@ def _rows(flat: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
 
 
 def _stretches(shapes: Sequence[tuple[int, int]]) -> list[tuple[list[_Part], int, int]]:
-    """Blocks: small leaves together, and parts of large ones; with where they begin and end."""
+    """Blocks: several leaves, one with long lanes, or part of one; where they begin and end."""
     found: list[tuple[list[_Part], int, int]] = []
-    start = 0
+    start, open_ = 0, False  # whether the last block takes more leaves
     for leaf, (lanes, length) in enumerate(shapes):
         size = lanes * length
+        end, alone = start + size, length >= _LONG or size > _BLOCK
         if size > _BLOCK:
             found += _divided(leaf, lanes, length, start)
-        elif found and found[-1][0][-1].lanes is None and start + size - found[-1][1] <= _BLOCK:
-            found[-1] = [*found[-1][0], _Part(leaf)], found[-1][1], start + size
+        elif open_ and not alone and end - found[-1][1] <= _BLOCK:
+            found[-1] = [*found[-1][0], _Part(leaf)], found[-1][1], end
         else:
-            found.append(([_Part(leaf)], start, start + size))
-        start += size
+            found.append(([_Part(leaf)], start, end))
+        start, open_ = end, not alone
     return found
 
 

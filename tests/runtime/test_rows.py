@@ -56,9 +56,10 @@ def gradients_of(seed, steps, dtype=torch.float64):
             for _ in range(steps)]  # fmt: skip
 
 
-@pytest.fixture(params=[2**18, 64])
+@pytest.fixture(params=[(2**18, 1024), (64, 1024), (2**18, 32), (64, 32), (64, 200)])
 def block(request, monkeypatch):
-    monkeypatch.setattr(rows, "_BLOCK", request.param)
+    monkeypatch.setattr(rows, "_BLOCK", request.param[0])
+    monkeypatch.setattr(rows, "_LONG", request.param[1])
 
 
 @pytest.mark.usefixtures("block")
@@ -82,9 +83,11 @@ def test_steps_are_those_of_torch_optim(decays, moves, nesterov):
         torch.testing.assert_close(lanes.lane(number), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("long", [32, 1024])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("flags", list(itertools.product([False, True], [True], [False, True])))
-def test_neither_neighbours_nor_blocks_change_a_bit(dtype, flags, monkeypatch):
+def test_neither_neighbours_nor_blocks_change_a_bit(dtype, flags, long, monkeypatch):
+    monkeypatch.setattr(rows, "_LONG", long)
     found = []
     for size, seeds in [(2**18, [0]), (2**18, [5, 0, 6]), (64, [7, 8, 9, 10, 0])]:
         monkeypatch.setattr(rows, "_BLOCK", size)
