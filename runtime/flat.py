@@ -14,6 +14,7 @@ from cgo.private import many_tensors
 from cgo.runtime.accelerator import Accelerator
 from cgo.runtime.optimizers import Updater
 from cgo.runtime.packing import rehome
+from cgo.runtime.rows import RowSteps
 from cgo.runtime.scaling import Scaling
 from cgo.runtime.steps import Kind, Number, Part
 
@@ -127,6 +128,7 @@ class Flat:
         self._copies = self._rehome()
         self._parts: dict[int | None, Part] = {}  # by the model's position; None: of all models
         self._split: list[list[Tensor]] | None = None  # values and moments by parameter, once
+        self._rows = self._make_rows()
 
     @property
     def steps(self) -> list[int]:
@@ -169,6 +171,15 @@ class Flat:
             if piece.own[0] is not piece.leaf:
                 rehome(piece.own, piece.leaf)
         return copies
+
+    def _make_rows(self) -> RowSteps | None:
+        """The step by rows, where it is taken so."""
+        device = self.values.device.type
+        if self._accelerator is not None or device != "cpu" or not self.kind.by_rows:
+            return None
+        shapes = [(len(piece.own), piece.own[0].numel()) for piece in self.pieces]
+        moment = self.moments.get("momentum_buffer")
+        return RowSteps(self.values, moment, shapes, self._positions, self.kind.flags)
 
     def sync(self) -> None:
         """Write the number of steps into the optimizers' own states."""
@@ -228,7 +239,10 @@ class Flat:
     def apply(self) -> None:
         """Clip and update all models but some."""
         gradients = self._clipped([piece.gradient() for piece in self.pieces])
-        if self._by_kernels:
+        if self._rows is not None:
+            out = frozenset(i for i, model in enumerate(self.models) if model in self._without)
+            self._rows(gradients, self.groups, out)
+        elif self._by_kernels:
             self._kernel_step(gradients, self._without)
         else:
             self._flat_step(gradients, self._without)

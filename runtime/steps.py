@@ -42,6 +42,11 @@ class Kind:
         """Whether there is a kernel that reads rates and counts from the device, as float32."""
         return self.everywhere and self.dtype is not torch.float64
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether a CPU takes the step by `cgo.runtime.rows`."""
+        return self.rule is _sgd and self.dtype in (torch.float32, torch.float64)
+
 
 @dataclass
 class Part:

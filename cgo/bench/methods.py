@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from cgo import weights
+from cgo.bench.jax_vmap import JaxSteps, refusal
 from cgo.graph import ModelId
 from cgo.graph_data import GraphData
 from cgo.model import Model, loss_function, optimizer_class
@@ -222,6 +223,20 @@ class _Momentum:
             many_tensors.addcmul_(self.parameters, self.moments, self.rates, value=-1.0)
 
 
+def jax_vmap(models: list[Model]) -> Steps:
+    """JAX's `jit(vmap(step))`, with donated buffers."""
+    (batches, *_) = batches_of(models).values()
+    nets = [Solo(model, batches).net for model in models]
+    if (reason := refusal(models, nets[0])) is not None:
+        raise NotApplicable(reason)
+    try:
+        return JaxSteps(models, nets, batches)  # type: ignore[arg-type]  # as `refusal` looked
+    except ImportError as error:
+        raise NotApplicable(
+            f"JAX cannot be imported ({error}): pip install 'cgo-engine[jax]'"
+        ) from error
+
+
 # --- processes ------------------------------------------------------------------------------------
 
 
@@ -362,6 +377,7 @@ _METHODS = {
     "serial-channels-last-fused": Method(functools.partial(serial, images_last=True, fused=True)),
     "serial-compile": Method(compiled, compiles=True),
     "vmap": Method(stacked),
+    "jax": Method(jax_vmap),
     "processes": Method(processes),
     "cgo": Method(merged),
     "cgo-compiled": Method(functools.partial(merged, tuning=Tuning(compile=True)), compiles=True),
