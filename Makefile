@@ -54,7 +54,8 @@ gpu-rehearsal: wheel $(REHEARSAL)/.installed
 	$(TEST_ENV) $(BIN)/python benchmarks/gpu_bundle.py --folder $(REHEARSAL)/bundle \
 		--python $(GPU_PYTHON) --size reduced
 	$(BIN)/python benchmarks/gpu_rehearsal.py --bundle $(REHEARSAL)/bundle \
-		--python $(REHEARSAL)/environment/bin/python --log $(REHEARSAL)/log.txt
+		--python $(REHEARSAL)/environment/bin/python --log $(REHEARSAL)/log.txt \
+		--record $(REHEARSAL)/figures.json
 
 # What such a machine is expected to have; what it is not, the bundle carries.
 $(REHEARSAL)/.installed: Makefile benchmarks/gpu_expected.txt

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -71,25 +71,36 @@ def rehearse(bundle: Path, python: Path, log: TextIO) -> tuple[Path, dict[str, f
     prefix, how = offline()
     print(f"offline {how}", file=log, flush=True)
     seconds, wrong = {}, []
+    names = {str(place): "PLACE", str(python.parents[1]): "ENVIRONMENT"}
     for stage in STAGE_S:
         began = time.monotonic()
         code = _run([*prefix, "bash", str(place / "bundle" / f"{stage}.sh")], place / "here",
-                    environment(python, place / "home", out), log)  # fmt: skip
+                    environment(python, place / "home", out), log, names)  # fmt: skip
         seconds[stage] = time.monotonic() - began
         if code:
             wrong.append(f"{stage} ended with {code}")
     return place, seconds, wrong
 
 
-def _run(command: list[str], here: Path, variables: dict[str, str], log: TextIO) -> int:
-    """Run a command, its output going to the log and to the standard output, line by line."""
-    print(f"$ {' '.join(command)}", file=log)
+def _run(
+    command: list[str],
+    here: Path,
+    variables: dict[str, str],
+    log: TextIO,
+    names: Mapping[str, str],
+) -> int:
+    """Run a command, its output going to the log and to the standard output, line by line.
+
+    In the log, folders have the names that are given for them.
+    """
     with subprocess.Popen(command, cwd=here, env=variables, stdin=subprocess.DEVNULL, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:  # fmt: skip
         assert process.stdout is not None
         for line in process.stdout:
-            print(line, end="", file=log, flush=True)
             print(line, end="", flush=True)
+            for folder, name in names.items():
+                line = line.replace(folder, name)
+            print(line, end="", file=log, flush=True)
     return process.returncode
 
 
