@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -231,9 +232,9 @@ def stages(tmp_path):
     )
     python.chmod(0o755)
 
-    def run(script, fails="nothing"):
+    def run(script, fails="nothing", **given):
         variables = {"PATH": os.environ["PATH"], "PY": str(python), "OUT": str(tmp_path / "out"),
-                     "SHM": str(bundle / "home"), "FAILS": fails}  # fmt: skip
+                     "SHM": str(bundle / "home"), "FAILS": fails, **given}  # fmt: skip
         done = subprocess.run(["bash", str(bundle / script)], env=variables, cwd=tmp_path,
                               capture_output=True, text=True, timeout=60)  # fmt: skip
         calls = (bundle / "home" / "calls").read_text().splitlines()
@@ -252,8 +253,14 @@ def test_both_stages_are_run_and_any_failure_is_the_exit_status(stages, tmp_path
     assert all(line.startswith(begin) for (_, line), begin in zip(done, begins))
     assert {folder for folder, line in done[1:]} == {str(tmp_path / "bundle" / "suite")}
     assert "tests/test_a.py" in done[3][1]
-    assert "--budget-s 370" in done[5][1]
+    assert "--budget-s 400" in done[5][1]  # the first stage took no time
     assert len(list((tmp_path / "out").iterdir())) <= 6
+
+
+def test_the_second_stage_gets_what_the_first_leaves(stages):
+    _, calls = stages("run.sh", TOTAL="90")
+    budget = int(re.search(r"--budget-s (\d+)", calls[-1])[1])
+    assert 0 < budget <= 90
 
 
 @pytest.mark.parametrize("part", ["-m pytest", "gpu_profile", "gpu_suite"])
