@@ -319,8 +319,9 @@ def test_a_trial_trains_on_until_its_parts_are_compiled_and_repeats_it(tmp_path,
     monkeypatch.setattr("cgo.runtime.compiled._WHOLE_CALLS", 0)
     monkeypatch.setattr("cgo.runtime.compiled.repaying", lambda expected, *rest: list(expected))
     monkeypatch.setattr(Compiler, "timed", lambda self, forms, inputs: [2.0, 1.0][: len(forms)])
-    training = {"epochs": 2, "precision": "float64", "optimizer": "Adam"}
-    cases = [Case(f"m{n}", "mlp", {"width": 8}, seed=n, training=training) for n in range(2)]
+    training = {"epochs": 8, "precision": "float64", "optimizer": "Adam"}
+    given = {"kwargs": {"width": 8}, "training": training, "drop_last": True}
+    cases = [Case(f"m{n}", "mlp", seed=n, **given) for n in range(2)]
     merged = Waiting(cases, tmp_path / "first", tuning=cgo.Tuning(measure=False, tape=True))
     (told,) = merged.told("compiled")
     assert told["at"] > 10
