@@ -35,8 +35,10 @@ class Event:
       "progress", "checkpoint" (what it does not hold, and why), "finished". Of its plan: "placed"
       (models on each device), "memory" (estimated bytes, and those measured once there are any),
       "tuned". Of steps: "captured" (seconds), "eager" (why it is not captured), "overlap" (calls
-      on several streams), "compiled", "divided" (memory ran out). "stems" has the bytes and the
-      number of stored values and the models that read them, or a reason why none are.
+      on several streams), "compiled" (parts, how many of their structures were compiled for it
+      and in what time, from which run of the step on; or a reason why none), "divided" (memory ran
+      out). "stems" has the bytes and the number of stored values and the models that read them, or
+      a reason why none are.
     """
 
     model: ModelId

@@ -38,8 +38,10 @@ class Tuning:
         tape: Record a step's operator calls, forward and backward, and replay them by an
             interpreter, without Python and autograd; the bits are the same. None: where enough
             steps are planned.
-        compile: Compile that record with Inductor (True, or "inductor"). None: where the planned
-            steps are expected to repay it; either way it is kept only where it is faster.
+        compile: Compile that record, or the parts of it that a compiler can fuse, with Inductor:
+            True, or "inductor": before training goes on. None: where the planned steps are expected
+            to repay it, by another process, while training goes on as it is. Either way it is kept
+            only where it is faster, and on disk for other trials, with the table of costs.
         capture: Capture whole training steps, optimizers included, and replay them: as CUDA graphs,
             with what can overlap on several streams. None: on a GPU, where enough steps are
             planned. True on a CPU writes the calls down and calls them again: for tests, no faster.

@@ -26,9 +26,6 @@ from cgo.runtime.structure import Structure, examples_of, module_of
 #: On a CPU Inductor would give channels last to all convolutions, and lowering keeps them off some.
 AS_LOWERED: dict[str, Any] = {"layout_optimization": False}
 
-#: What the trial is given the processor before.
-_NICE = 10
-
 
 def compile_structure(structure: Structure, artifacts: Artifacts, key: str) -> None:
     """Compile a structure, try it, and keep it; raises whatever Inductor's many parts raise."""
@@ -45,6 +42,8 @@ def serve(lines: Iterable[str], answers: TextIO) -> None:
     asked = iter(lines)
     setting = json.loads(next(asked))
     torch.set_num_threads(setting["threads"])
+    if hasattr(os, "nice"):
+        os.nice(setting["nice"])
     artifacts = Artifacts(Path(setting["folder"]))
     artifacts.prune()
     for line in asked:
@@ -65,8 +64,6 @@ def main() -> None:
     """Serve standard input, whose end ends the process while it compiles, too."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what compilers print is no answer
-    if hasattr(os, "nice"):
-        os.nice(_NICE)
     waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def listen() -> None:

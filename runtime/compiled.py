@@ -72,10 +72,12 @@ class Compilers:
 
     Args:
         artifacts: Where that is kept.
+        waited: Training waits for it.
     """
 
-    def __init__(self, artifacts: Artifacts) -> None:
-        self.artifacts, self.compiling = artifacts, Compiling(artifacts)
+    def __init__(self, artifacts: Artifacts, *, waited: bool = False) -> None:
+        self.artifacts = artifacts
+        self.compiling = Compiling(artifacts, nice=0) if waited else Compiling(artifacts)
         self._loaded: dict[str, Callable[..., Any]] = {}
 
     def load(self, key: str) -> Callable[..., Any]:
@@ -147,15 +149,15 @@ class Compiler:
         if not plan.chosen:
             self.settled(name, False)
             return None
-        for key in plan.chosen:
-            if not compilers.has(key):
-                compilers.compiling.ask(key, plan.kinds[key].structure)
+        missing = [key for key in plan.chosen if not compilers.has(key)]
+        for key in missing:
+            compilers.compiling.ask(key, plan.kinds[key].structure)
         if isinstance(known, Swap):
             at = known.at
         else:
-            at = 0 if self.wanted or all(map(compilers.has, plan.chosen)) else None
-            self.settled(name, Swap(None))  # unless training ends before
-        return _Compiled(self, name, plan, compilers, replay, at, isinstance(known, Swap))
+            at = 0 if self.wanted else None
+            self.settled(name, Swap(None))  # where training ends before
+        return _Compiled(self, name, plan, compilers, replay, missing, at, known is not None)
 
     def _device_type(self, inputs: Sequence[Tensor]) -> str:
         if self.accelerator is not None:
@@ -263,6 +265,7 @@ class _Compiled(Later):
     plan: Plan
     compilers: Compilers
     replay: Replay
+    missing: list[str]  # that are being compiled
     at: int | None
     repeated: bool  # an earlier decision is followed
     meanwhile: Replay | None = None
@@ -271,19 +274,19 @@ class _Compiled(Later):
         """After the recorded run; where none is recorded, as soon as it is compiled."""
         if self.at is not None:
             return run >= self.at
-        return all(self._ended(key) for key in self.plan.chosen)
-
-    def _ended(self, key: str) -> bool:
-        return self.compilers.compiling.outcome(key) is not None or self.compilers.has(key)
+        while self.missing and self.compilers.compiling.outcome(self.missing[0]) is not None:
+            self.missing.pop(0)
+        return not self.missing
 
     def finish(self, run: int, inputs: Sequence[Tensor], current: Replay) -> Replay | None:
         """The compiled form, checked and timed; None where the current one is kept."""
         started = time.perf_counter()
         try:
-            found, used = self._made(inputs)
-            if reason := difference(found, self.replay, inputs):
-                raise CompileError(reason)
-            before_s, after_s = self.compiler.timed([current, found], inputs)
+            with self.compilers.artifacts.torchs_own():  # kernels are chosen in the first runs
+                found, used = self._made(inputs)
+                if reason := difference(found, self.replay, inputs):
+                    raise CompileError(reason)
+                before_s, after_s = self.compiler.timed([current, found], inputs)
         except Exception as error:
             if not _leaves_plain(error):
                 raise
@@ -291,6 +294,8 @@ class _Compiled(Later):
             return None
         spent = time.perf_counter() - started
         faster = self.repeated or after_s < before_s
+        if len(self.plan.pieces) == 1 and self._verdict(used[0]) is None:
+            self._learn(used[0], Verdict(before_s, after_s, self._outcome_seconds(used[0])))
         self.compiler.tell(
             "compiled",
             step=self.name,
@@ -312,7 +317,7 @@ class _Compiled(Later):
 
     def _made(self, inputs: Sequence[Tensor]) -> tuple[Replay, list[str]]:
         """The step with what was compiled, and is faster where it stands."""
-        self.compilers.compiling.wait([k for k in self.plan.chosen if not self.compilers.has(k)])
+        self.compilers.compiling.wait(self.missing)
         functions: dict[str, Callable[..., Any]] = {}
         reasons: list[str] = []
         for key in self.plan.chosen:
@@ -322,7 +327,7 @@ class _Compiled(Later):
                 reasons.append(str(error))
         if self.repeated and reasons:
             raise CompileError(f"not as it was compiled before: {reasons[0]}")
-        if not self.repeated:
+        if not self.repeated and len(self.plan.pieces) > 1:
             self._judge(functions, inputs)
             functions = {k: f for k, f in functions.items() if not _lost(self._verdict(k))}
         if not functions:
@@ -359,10 +364,12 @@ class _Compiled(Later):
             except Exception as error:  # of compiled code, whatever it raises
                 reason = f"{type(error).__name__}: {str(error)[:500]}"
                 verdict = Verdict(0.0, 0.0, self._outcome_seconds(key), reason)
-            self.compiler.verdicts.add(key, verdict)
-            if verdict.compile_s:
-                calls = self.plan.kinds[key].structure.calls
-                self.compiler.verdicts.paid(verdict.compile_s, calls)
+            self._learn(key, verdict)
+
+    def _learn(self, key: str, verdict: Verdict) -> None:
+        self.compiler.verdicts.add(key, verdict)
+        if verdict.compile_s:
+            self.compiler.verdicts.paid(verdict.compile_s, self.plan.kinds[key].structure.calls)
 
 
 def _leaves_plain(error: Exception) -> bool:

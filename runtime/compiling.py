@@ -43,10 +43,11 @@ class Compiling:
     Args:
         artifacts: Where they are kept.
         limit_s: Seconds for each.
+        nice: What its priority is lowered by, so that training is given the processor first.
     """
 
-    def __init__(self, artifacts: Artifacts, limit_s: float = _LIMIT_S) -> None:
-        self.artifacts, self._limit_s = artifacts, limit_s
+    def __init__(self, artifacts: Artifacts, limit_s: float = _LIMIT_S, nice: int = 10) -> None:
+        self.artifacts, self._limit_s, self._nice = artifacts, limit_s, nice
         self._process: subprocess.Popen[str] | None = None
         self._requests: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
@@ -81,10 +82,13 @@ class Compiling:
                 self._end(f"not compiled within {self._limit_s:.0f} s")
             return self._outcomes.get(key)
 
-    def wait(self, keys: Sequence[str]) -> None:
-        """Until all have an outcome."""
-        while any(self.outcome(key) is None for key in keys):
+    def wait(self, keys: Sequence[str] | None = None) -> None:
+        """Until these have an outcome, as far as they were asked for; None: all."""
+        while True:
             with self._changed:
+                asked = set(self._asked if keys is None else keys) & set(self._asked)
+                if all([self.outcome(key) is not None for key in asked]):
+                    return
                 self._changed.wait(0.1)
 
     def close(self) -> None:
@@ -104,7 +108,11 @@ class Compiling:
             start_new_session=True,  # with compilers that it starts, it can be ended as a whole
         )
         self._requests = queue.SimpleQueue()
-        setting = {"folder": str(self.artifacts.folder), "threads": torch.get_num_threads()}
+        setting = {
+            "folder": str(self.artifacts.folder),
+            "threads": torch.get_num_threads(),
+            "nice": self._nice,
+        }
         self._requests.put(json.dumps(setting) + "\n")
         given = self._process, self._requests
         for task in (self._listen, self._write):

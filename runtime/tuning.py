@@ -106,7 +106,7 @@ class Tuner:
     def _compilers(self) -> Compilers:
         """Made where something is compiled; raises `ArtifactError`."""
         if self._compiles is None:
-            self._compiles = Compilers(default_artifacts())
+            self._compiles = Compilers(default_artifacts(), waited=bool(self.tuning.compile))
         return self._compiles
 
     def __call__(self, graph: Graph, models: Sequence[ModelId]) -> Choice:

@@ -79,6 +79,7 @@ def test_what_fails_while_it_is_written_leaves_nothing(tmp_path):
 def test_inductors_own_files_are_kept_there_and_nowhere_else(tmp_path, monkeypatch):
     artifacts = Artifacts(tmp_path / "own")
     for before in (None, "/elsewhere"):
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
         if before is not None:
             monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", before)
         with artifacts.torchs_own():

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.merged import Case, Merged, assert_equal_float64
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,7 +45,7 @@ def tape():
 
 @pytest.fixture(scope="module")
 def compilers():
-    found = Compilers(default_artifacts())
+    found = Compilers(default_artifacts(), waited=True)
     yield found
     found.close()
 
@@ -228,8 +229,6 @@ def test_a_step_that_trains_on_is_swapped_and_goes_on_with_the_same_values(tape,
 
 @pytest.mark.long
 def test_a_compiled_trial_trains_as_alone_and_its_record_repeats_it(tmp_path):
-    from support.merged import Case, Merged, assert_equal_float64
-
     training = {"epochs": 2, "precision": "float64", "optimizer": "Adam"}
     cases = [Case(f"m{n}", "mlp", {"width": 8}, seed=n, training=training) for n in range(3)]
     tuning = cgo.Tuning(measure=False, tape=True, compile=True)
@@ -298,6 +297,45 @@ def test_on_a_gpu_chains_between_expensive_kernels_repay(convolution, tmp_path, 
     (kind,) = later.plan.kinds.values()
     assert len(kind.numbers) == 8
     assert not later.due(5)
+
+
+@pytest.mark.long
+def test_a_trial_trains_on_until_its_parts_are_compiled_and_repeats_it(tmp_path, monkeypatch):
+    """The swap is after step 10 or so, in the repetition after the same one, to the bit."""
+    made = []
+
+    class Watched(Compilers):
+        def __init__(self, *given, **options):
+            super().__init__(*given, **options)
+            made.append(self)
+
+    class Waiting(Merged):
+        def on_loss(self, model, step, loss):
+            super().on_loss(model, step, loss)
+            if step == 10:
+                made[-1].compiling.wait()
+
+    monkeypatch.setattr("cgo.runtime.tuning.Compilers", Watched)
+    monkeypatch.setattr("cgo.runtime.compiled._WHOLE_CALLS", 0)
+    monkeypatch.setattr("cgo.runtime.compiled.repaying", lambda expected, *rest: list(expected))
+    monkeypatch.setattr(Compiler, "timed", lambda self, forms, inputs: [2.0, 1.0][: len(forms)])
+    training = {"epochs": 8, "precision": "float64", "optimizer": "Adam"}
+    given = {"kwargs": {"width": 8}, "training": training, "drop_last": True}
+    cases = [Case(f"m{n}", "mlp", seed=n, **given) for n in range(2)]
+    merged = Waiting(cases, tmp_path / "first", tuning=cgo.Tuning(measure=False, tape=True))
+    (told,) = merged.told("compiled")
+    assert told["at"] > 10
+    assert told["parts"] > 1
+    assert told["compiled"] >= 1
+    for case in cases:
+        assert_equal_float64(merged, case)
+    record = str(tmp_path / "first" / "lowering.json")
+    given = cgo.Tuning(measure=False, tape=True, record=record)
+    again = Merged(cases, tmp_path / "second", tuning=given)
+    assert again.told("compiled")[0]["at"] == told["at"]
+    assert again.told("compiled")[0]["compiled"] == 0
+    for case in cases:
+        assert merged.losses[case.id] == again.losses[case.id]
 
 
 TRIAL = """

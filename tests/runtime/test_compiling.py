@@ -69,7 +69,7 @@ def test_a_process_without_a_trial_ends(tmp_path):
 
     program = "from cgo.runtime.compile_worker import main; main()"
     worker = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE)
-    setting = {"folder": str(tmp_path / "own"), "threads": 1}
+    setting = {"folder": str(tmp_path / "own"), "threads": 1, "nice": 0}
     worker.stdin.write(json.dumps(setting).encode() + b"\n")
     worker.stdin.close()
     assert worker.wait(60) == 0

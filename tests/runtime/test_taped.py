@@ -112,8 +112,9 @@ class Swapped(Later):
 
     def finish(self, run, inputs, current):
         self.asked.append(run)
-        found = current(*inputs)[0]  # writes, as forms that are timed do
-        return None if self.kept else lambda x, c: [(x + c.add_(1)) * 10 + 0 * found]
+        for _ in range(3):
+            current(*inputs)  # writes, as forms that are timed do
+        return None if self.kept else lambda x, c: [(x + c.add_(1)) * 10]
 
 
 def counted(later):
