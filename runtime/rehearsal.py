@@ -33,6 +33,7 @@ from cgo.runtime.gradients import Place
 from cgo.runtime.lower import Lowered
 from cgo.runtime.optimizers import Updater, moments_of
 from cgo.runtime.packing import Pack, rehome
+from cgo.runtime.triton_kernels import usable
 from cgo.runtime.updates import Updates
 
 log = logging.getLogger(__name__)
@@ -190,7 +191,8 @@ def rehearse_update(
         live.hold([leaf.grad for leaf in learned if leaf.grad is not None], counted=True)
         given = live.now
         with live:
-            updates = Updates(updaters, leaves, accelerator)
+            kernels = usable(torch.device(device_type))
+            updates = Updates(updaters, leaves, accelerator, kernels=kernels)
             if accelerator is not None:
                 updates.without_kernels()
             updates.step()

@@ -85,6 +85,24 @@ def test_numbers_that_keep_changing_end_in_eager_steps(tmp_path):
     assert "keep changing" in merged.told("eager")[0]["reason"]
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_kernels_of_our_own_take_the_step(optimizer, tmp_path):
+    """All numbers lie on the device: changing weight decay needs no new capture."""
+    schedule = {"scheduler": "support.losses:Decaying", "scheduler_interval": "step"}
+    cases = []
+    for number in range(2):
+        given = training(optimizer, epochs=3, **(schedule if number else {}))
+        rate = OPTIMIZERS[optimizer]["lr"] / (number + 1)
+        decaying = {"lr": rate, "weight_decay": 0.02}
+        given["optimizer_kwargs"] = {**OPTIMIZERS[optimizer], **decaying}
+        given["grad_clip_norm"] = 0.3 if number else None
+        cases.append(Case(f"m{number}", "mlp", {"dropout": 0.2}, seed=number, training=given))
+    merged = check(cases, tmp_path, cgo.Tuning(measure=False, capture=True, kernels=True))
+    captured = [value["program"] for value in merged.told("captured")]
+    assert captured.count("train/32") == 1
+    assert merged.told("eager") == []
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family, tmp_path):
     kwargs = {**FAMILIES[family], "dropout": 0.2}
