@@ -20,6 +20,7 @@ from cgo.runtime import accelerator
 from cgo.runtime.accelerator import CaptureRefused, accelerator_for
 from cgo.runtime.device_lanes import DeviceLanes
 from cgo.runtime.member import Member
+from cgo.runtime.triton_kernels import usable
 from cgo.runtime.tuning import make_tuner
 
 CPU = torch.device("cpu")
@@ -85,6 +86,7 @@ def test_numbers_that_keep_changing_end_in_eager_steps(tmp_path):
     assert "keep changing" in merged.told("eager")[0]["reason"]
 
 
+@pytest.mark.skipif(not usable(CPU, True), reason="no interpreter of Triton")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_kernels_of_our_own_take_the_step(optimizer, tmp_path):
     """All numbers lie on the device: changing weight decay needs no new capture."""

@@ -11,9 +11,11 @@ from cgo.graph import Graph, Node, Output, Ref, TensorType, prune, restrict
 from cgo.model import TrainingSpec
 from cgo.passes.batch_operators import BatchOperators
 from cgo.passes.merge import merge
+from cgo.runtime import rehearsal
 from cgo.runtime.lower import lower
 from cgo.runtime.packing import Pack
 from cgo.runtime.rehearsal import Held, LiveBytes, rehearse_program, rehearse_update
+from cgo.runtime.triton_kernels import usable
 
 CPU = torch.device("cpu")
 F32 = TensorType("float32", (10, 10))  # 400 bytes
@@ -166,12 +168,19 @@ def test_arranging_holds_the_parameters_twice():
     assert 4 * 800 - 400 <= update("Adam").highest <= 4 * 800 + SMALL
 
 
-def test_a_flat_step_holds_a_copy_of_the_gradients_and_vectors_of_numbers():
+def test_a_flat_step_holds_a_copy_of_the_gradients_and_vectors_of_numbers(monkeypatch):
+    monkeypatch.setattr(rehearsal, "usable", lambda device: False)
     by_kernels, flat = update("SGD", "cuda"), update("RMSprop", "cuda")
     block = 1024  # of 800 bytes
     assert flat.highest - flat.after >= block
     # The square average, a vector for each number, and where elements belong: eight bytes each.
     assert flat.after - by_kernels.after >= 4 * block + 1600
+
+
+@pytest.mark.skipif(not usable(torch.device("cuda")), reason="no Triton")
+def test_kernels_of_our_own_need_no_vectors():
+    by_torch, ours = update("SGD", "cuda"), update("RMSprop", "cuda")
+    assert ours.after - by_torch.after == 1024  # the square average
 
 
 def test_clipping_holds_a_scaled_copy_of_the_gradients():

@@ -1,4 +1,7 @@
-"""The kernel takes the steps of `torch.optim`, model by model, by Triton's interpreter."""
+"""The kernels take the steps of `torch.optim`, model by model.
+
+By Triton's interpreter where there is no CUDA device, else on that.
+"""
 
 import math
 
@@ -7,9 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytest.importorskip("triton", reason="no Triton: nothing of its kernels was tested")
+
 from cgo.runtime.triton_kernels.optimizers import BLOCK, fused_update
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 #: Of each family: the optimizer, the numbers' names in the kernel's order, and its moments.
 FAMILIES = {
@@ -33,23 +40,24 @@ class Fused:
         self.family, self.numbers, self.flags = family.replace("adamw", "adam"), numbers, flags
         generator = torch.Generator().manual_seed(seed)
         self.sizes = sizes
-        self.values = torch.randn(sum(sizes), generator=generator, dtype=dtype)
+        self.values = torch.randn(sum(sizes), generator=generator, dtype=dtype).to(DEVICE)
         self.alone = [torch.nn.Parameter(lane.clone()) for lane in self.values.split(sizes)]
         self.optimizers = [
             self.kind([lane], **kwargs) for lane, kwargs in zip(self.alone, self._kwargs(family))
         ]
         self.kept = [name for name in moments if self._keeps(name)]
         self.moments = [torch.zeros_like(self.values) for _ in self.kept]
-        self.counts = torch.zeros(len(sizes))
+        self.counts = torch.zeros(len(sizes), device=DEVICE)
         rows = [[float(of[name]) for of in numbers] for name in self.names]
-        self.table = torch.tensor(rows, dtype=torch.float64)
+        self.table = torch.tensor(rows, dtype=torch.float64, device=DEVICE)
         starts = [sum(sizes[:index]) for index in range(len(sizes))]
         self.rows = torch.tensor(
             [
                 [start + done, start + done, min(size - done, BLOCK), model]
                 for model, (start, size) in enumerate(zip(starts, sizes))
                 for done in range(0, size, BLOCK)
-            ]
+            ],
+            device=DEVICE,
         )
 
     def _kwargs(self, family):
@@ -77,6 +85,7 @@ class Fused:
 
     def step(self, gradient, skip=None):
         skip = torch.zeros(len(self.sizes)) if skip is None else skip
+        gradient, skip = gradient.to(DEVICE), skip.to(DEVICE)
         self.counts += 1 - skip
         given = self.values, self.moments, gradient, self.rows, self.table, self.counts, skip
         fused_update(*given, self.family, list(self.flags))
@@ -84,7 +93,7 @@ class Fused:
     def step_alone(self, gradient, skip=None):
         for model, (lane, part) in enumerate(zip(self.alone, gradient.split(self.sizes))):
             if skip is None or not skip[model]:
-                lane.grad = part.clone()
+                lane.grad = part.to(DEVICE, copy=True)
                 self.optimizers[model].step()
 
     def lanes(self, flat):
@@ -188,3 +197,24 @@ def test_what_is_left_out_keeps_its_bits_even_where_they_are_nan(family):
     for flat, kept in zip((fused.values, *fused.moments), before):
         assert torch.equal(flat.view(torch.int32), kept.view(torch.int32))
     assert fused.counts.tolist() == [0, 0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_captured_steps_go_on_counting(family, cuda):
+    sizes, flags = [5, 2 * BLOCK + 3], flags_of(family, (True, True, True))
+    fused = Fused(family, sizes, [of(0.1), of(0.05)], flags, torch.float32)
+    gradient = torch.zeros(sum(sizes), device=cuda)
+    fused.step(gradient, torch.ones(2))  # compiled, and nothing written
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        none = torch.zeros(2, device=cuda)
+        fused.counts.add_(1)
+        given = fused.values, fused.moments, gradient, fused.rows, fused.table, fused.counts, none
+        fused_update(*given, fused.family, list(fused.flags))
+    for seed in range(3):
+        gradient.copy_(torch.randn(sum(sizes), generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        fused.step_alone(gradient)
+    for ours, theirs in zip(fused.lanes(fused.values), fused.alone):
+        torch.testing.assert_close(ours, theirs.detach(), **CLOSE[torch.float32])
