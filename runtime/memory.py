@@ -33,6 +33,7 @@ from cgo.runtime.gradients import Place, learning_places
 from cgo.runtime.lower import lower
 from cgo.runtime.packing import Pack, plan_packs
 from cgo.runtime.rehearsal import Held, rehearse_program, rehearse_update
+from cgo.runtime.triton_kernels import usable
 
 _CPU = torch.device("cpu")
 
@@ -118,7 +119,9 @@ def estimate(
     found = _programs(chosen, program, state, device_type, {} if cache is None else cache)
     computing = _in_turn([known.held for known in found])
     specs = {model: trainings[model] for model in models}
-    updating = rehearse_update(state.types, state.learning, state.packs, specs, device_type)
+    kernels = usable(torch.device(device_type), chosen.kernels)
+    given = state.types, state.learning, state.packs, specs, device_type, kernels
+    updating = rehearse_update(*given)
     return Estimate(
         parameters=_owned(part, "cgo.parameter"),
         buffers=_owned(part, "cgo.buffer") + _constants(part) + sum(k.copied for k in found),

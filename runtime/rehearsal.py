@@ -33,7 +33,6 @@ from cgo.runtime.gradients import Place
 from cgo.runtime.lower import Lowered
 from cgo.runtime.optimizers import Updater, moments_of
 from cgo.runtime.packing import Pack, rehome
-from cgo.runtime.triton_kernels import usable
 from cgo.runtime.updates import Updates
 
 log = logging.getLogger(__name__)
@@ -162,6 +161,7 @@ def rehearse_update(
     packs: Sequence[Pack],
     trainings: Mapping[ModelId, TrainingSpec],
     device_type: str = "cpu",
+    kernels: bool = False,
 ) -> Held:
     """What the first step of all optimizers holds on top of parameters and gradients.
 
@@ -175,6 +175,7 @@ def rehearse_update(
         packs: Those that lie in one tensor.
         trainings: By model; others take no step.
         device_type: Of the device that it is to run on.
+        kernels: Whether steps are taken by kernels of our own.
     """
     accelerator = None if device_type == "cpu" else accelerator_for(torch.device("cpu"))
     with _fake():
@@ -191,7 +192,6 @@ def rehearse_update(
         live.hold([leaf.grad for leaf in learned if leaf.grad is not None], counted=True)
         given = live.now
         with live:
-            kernels = usable(torch.device(device_type))
             updates = Updates(updaters, leaves, accelerator, kernels=kernels)
             if accelerator is not None:
                 updates.without_kernels()

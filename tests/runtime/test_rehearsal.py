@@ -11,7 +11,6 @@ from cgo.graph import Graph, Node, Output, Ref, TensorType, prune, restrict
 from cgo.model import TrainingSpec
 from cgo.passes.batch_operators import BatchOperators
 from cgo.passes.merge import merge
-from cgo.runtime import rehearsal
 from cgo.runtime.lower import lower
 from cgo.runtime.packing import Pack
 from cgo.runtime.rehearsal import Held, LiveBytes, rehearse_program, rehearse_update
@@ -142,12 +141,12 @@ TYPES = dict.fromkeys(PLACES, F32)
 PACK = Pack(("a.w", "b.w"), tuple(PLACES), trainable=True)
 
 
-def update(optimizer, device_type="cpu", packs=(PACK,), rates=(0.1, 0.1), **given):
+def update(optimizer, device_type="cpu", packs=(PACK,), rates=(0.1, 0.1), kernels=False, **given):
     trainings = {
         model: TrainingSpec(optimizer=optimizer, optimizer_kwargs={"lr": rate}, **given)
         for model, rate in zip("ab", rates)
     }
-    return rehearse_update(TYPES, frozenset(PLACES), packs, trainings, device_type)
+    return rehearse_update(TYPES, frozenset(PLACES), packs, trainings, device_type, kernels)
 
 
 SMALL = 100  # bytes of counts, positions and scalars
@@ -168,8 +167,7 @@ def test_arranging_holds_the_parameters_twice():
     assert 4 * 800 - 400 <= update("Adam").highest <= 4 * 800 + SMALL
 
 
-def test_a_flat_step_holds_a_copy_of_the_gradients_and_vectors_of_numbers(monkeypatch):
-    monkeypatch.setattr(rehearsal, "usable", lambda device: False)
+def test_a_flat_step_holds_a_copy_of_the_gradients_and_vectors_of_numbers():
     by_kernels, flat = update("SGD", "cuda"), update("RMSprop", "cuda")
     block = 1024  # of 800 bytes
     assert flat.highest - flat.after >= block
@@ -179,8 +177,9 @@ def test_a_flat_step_holds_a_copy_of_the_gradients_and_vectors_of_numbers(monkey
 
 @pytest.mark.skipif(not usable(torch.device("cuda")), reason="no Triton")
 def test_kernels_of_our_own_need_no_vectors():
-    by_torch, ours = update("SGD", "cuda"), update("RMSprop", "cuda")
-    assert ours.after - by_torch.after == 1024  # the square average
+    given = {"device_type": "cuda", "kernels": True}
+    plain, moved = update("SGD", **given), update("RMSprop", **given)
+    assert moved.after - plain.after == 1024  # the square average
 
 
 def test_clipping_holds_a_scaled_copy_of_the_gradients():
