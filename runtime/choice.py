@@ -80,6 +80,7 @@ class Choice:
     improve: Improve | None = None  # of taped steps
     images_last: bool | None = None  # in memory; None: as the device has it
     limit_bytes: float = math.inf  # of a step, on top of parameters and buffers
+    kernels: bool | None = None  # as `Tuning.kernels`, for optimizers
     captured: bool = False  # whole steps are captured, and replayed by the device
     recompute: bool = False  # training steps keep little for the backward
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from cgo.runtime.packing import rehome
 from cgo.runtime.rows import RowSteps
 from cgo.runtime.scaling import Scaling
 from cgo.runtime.steps import Kind, Number, Part
+
+if TYPE_CHECKING:
+    from cgo.runtime.fused_updates import FusedUpdates
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,8 @@ class Flat:
         updaters: Mapping[ModelId, Updater],
         accelerator: Accelerator | None = None,
         scaling: Scaling | None = None,
+        *,
+        kernels: bool = False,
     ) -> None:
         self.kind, self.pieces = kind, list(pieces)
         self._accelerator = accelerator
@@ -129,11 +135,22 @@ class Flat:
         self._parts: dict[int | None, Part] = {}  # by the model's position; None: of all models
         self._split: list[list[Tensor]] | None = None  # values and moments by parameter, once
         self._rows = self._make_rows()
+        self.fused = self._fused() if kernels else None  # all models' step by a kernel of our own
 
     @property
     def steps(self) -> list[int]:
         """How many each model has taken, by the host's count."""
         return [begun + self._taken for begun in self._begun]
+
+    def _fused(self) -> FusedUpdates:
+        from cgo.runtime.fused_updates import FusedUpdates  # Triton may not be there
+
+        assert self._accelerator is not None
+        lengths = self._layout.lengths
+        starts = [sum(own) + gap for own, gap in zip(lengths, self._layout.gaps)]
+        pieces = list(zip([0, *accumulate(starts)], lengths))
+        given = self.kind.family, pieces, self._positions, self.values, len(self.models)
+        return FusedUpdates(*given, self._accelerator)
 
     # --- arrangement ------------------------------------------------------------------------------
 
@@ -185,7 +202,7 @@ class Flat:
         """Write the number of steps into the optimizers' own states."""
         if not self.kind.steps:
             return
-        if self._accelerator is not None and self._by_kernels:
+        if self.fused is not None or (self._accelerator is not None and self._by_kernels):
             self._taken, self._begun = 0, [int(count) for count in self.counts.tolist()]
         steps = self.steps
         for index in range(len(self.parameters)):
@@ -206,7 +223,10 @@ class Flat:
             if (position := self._position.get(model)) is not None:
                 self._begun[position] -= 1
                 self._alike = None
-        if self._by_kernels:
+        if self.fused is not None:
+            if self._stale:
+                self.fused.read(self.groups)
+        elif self._by_kernels:
             if self._stale and self._accelerator is not None:
                 rates = [float(group["lr"]) for group in self.groups]
                 self._accelerator.upload(rates, self.rates)
@@ -223,7 +243,11 @@ class Flat:
     def read(self, changed: Collection[ModelId]) -> None:
         """Read hyper-parameters again; `changed` are the models of which more than rates have."""
         self.groups, self._stale, self._alike = self._read_groups(), True, None
-        if self._by_kernels and not self._position.keys().isdisjoint(changed):
+        if (
+            self.fused is None
+            and self._by_kernels
+            and not self._position.keys().isdisjoint(changed)
+        ):
             self.baked += 1
 
     def _read_groups(self) -> list[dict[str, Any]]:
@@ -239,7 +263,9 @@ class Flat:
     def apply(self) -> None:
         """Clip and update all models but some."""
         gradients = self._clipped([piece.gradient() for piece in self.pieces])
-        if self._rows is not None:
+        if self.fused is not None:
+            self._fused_step(self.fused, gradients, self._without)
+        elif self._rows is not None:
             out = frozenset(i for i, model in enumerate(self.models) if model in self._without)
             self._rows(gradients, self.groups, out)
         elif self._by_kernels:
@@ -260,6 +286,19 @@ class Flat:
         stays = torch.tensor([m in without for m in self.models], device=self.values.device)
         for flat, kept in zip(flats, before):  # by selection: nothing times NaN is nothing
             torch.where(stays[self.elements], kept, flat, out=flat)
+
+    def _fused_step(
+        self, fused: FusedUpdates, gradients: Sequence[Tensor], without: frozenset[ModelId]
+    ) -> None:
+        skip = fused.none
+        if self._scaling is not None:
+            skip = self._scaling.overflow(self.models).float()
+        if not without.isdisjoint(self.models):
+            stays = [float(model in without) for model in self.models]
+            skip = skip + torch.tensor(stays, device=skip.device)
+        self.counts.add_(1).sub_((skip > 0).float())
+        moments = [self.moments[name] for name in self.kind.moments]
+        fused.step(self.values, moments, gradients, self.counts, skip, self.kind.flags)
 
     def _kernel_step(self, gradients: Sequence[Tensor], without: frozenset[ModelId]) -> None:
         # Lane by lane even where all agree: a lane's last elements are computed in another way than

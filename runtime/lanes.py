@@ -27,6 +27,7 @@ from cgo.runtime.member import Member
 from cgo.runtime.memory import Cache
 from cgo.runtime.packing import PackedState, plan_packs, release
 from cgo.runtime.scaling import Scaling
+from cgo.runtime.triton_kernels import usable
 from cgo.runtime.tuning import Chooser
 from cgo.runtime.updates import Updates
 from cgo.tuning import Tuning
@@ -101,8 +102,10 @@ class MergedLanes:
         updaters = {model: self.members[model].updater for model in models}
         on_device = self.device.type != "cpu" or self._chosen.captured
         accelerator = accelerator_for(self.device) if on_device else None
+        kernels = accelerator is not None and usable(self.device, self._chosen.kernels)
+        given = updaters, self._packed.learning, accelerator, self.scaling
         try:
-            self.updates = Updates(updaters, self._packed.learning, accelerator, self.scaling)
+            self.updates = Updates(*given, kernels=kernels)
         except Exception as error:
             if is_out_of_memory(error):
                 raise

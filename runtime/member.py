@@ -116,7 +116,6 @@ class Member:
         record: dict[str, Any] = {"history": self.history, "ended": self.ended}
         if self.running:
             scheduler = self.updater.scheduler
-            record["state"] = self.state.dump()
             # A packed model's tensors are views: saved as they are, they would take all of a pack.
             optimizer = self.updater.optimizer
             state = optimizer.state_dict()
@@ -124,7 +123,9 @@ class Member:
             record["scheduler"] = None if scheduler is None else scheduler.state_dict()
             record["scale"] = None if self.scale is None else self.scale.dump()
             own = [type(part).__module__ for part in (optimizer, scheduler) if part is not None]
-            if not all(module.startswith("torch.") for module in own):
+            known = all(module.startswith("torch.") for module in own)
+            record["state"] = self.state.dump(whole=not known)  # others may change what is frozen
+            if not known:
                 checkpoint.check(record)
         return record
 

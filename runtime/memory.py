@@ -33,6 +33,7 @@ from cgo.runtime.gradients import Place, learning_places
 from cgo.runtime.lower import lower
 from cgo.runtime.packing import Pack, plan_packs
 from cgo.runtime.rehearsal import Held, rehearse_program
+from cgo.runtime.triton_kernels import usable
 from cgo.runtime.update_memory import update_held
 
 _CPU = torch.device("cpu")
@@ -119,7 +120,9 @@ def estimate(
     found = _programs(chosen, program, state, device_type, {} if cache is None else cache)
     computing = _in_turn([known.held for known in found])
     specs = {model: trainings[model] for model in models}
-    updating = update_held(state.types, state.learning, state.packs, specs, device_type)
+    kernels = usable(torch.device(device_type), chosen.kernels)
+    given = state.types, state.learning, state.packs, specs, device_type, kernels
+    updating = update_held(*given)
     return Estimate(
         parameters=_owned(part, "cgo.parameter"),
         buffers=_owned(part, "cgo.buffer") + _constants(part) + sum(k.copied for k in found),

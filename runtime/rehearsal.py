@@ -161,6 +161,7 @@ def rehearse_update(
     packs: Sequence[Pack],
     trainings: Mapping[ModelId, TrainingSpec],
     device_type: str = "cpu",
+    kernels: bool = False,
 ) -> Held:
     """What the first step of all optimizers holds on top of parameters and gradients.
 
@@ -174,6 +175,7 @@ def rehearse_update(
         packs: Those that lie in one tensor.
         trainings: By model; others take no step.
         device_type: Of the device that it is to run on.
+        kernels: Whether steps are taken by kernels of our own.
     """
     accelerator = None if device_type == "cpu" else accelerator_for(torch.device("cpu"))
     with _fake():
@@ -190,7 +192,7 @@ def rehearse_update(
         live.hold([leaf.grad for leaf in learned if leaf.grad is not None], counted=True)
         given = live.now
         with live:
-            updates = Updates(updaters, leaves, accelerator)
+            updates = Updates(updaters, leaves, accelerator, kernels=kernels)
             if accelerator is not None:
                 updates.without_kernels()
             updates.step()

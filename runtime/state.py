@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -113,11 +114,26 @@ class ModelState:
             self.tensors = self._loaded(weights.load(data.base / entry.weights.file))
         #: What keyed streams count: batches that it was trained and evaluated on.
         self.steps = dict.fromkeys(DOMAINS, 0)
+        self._constant = self._unchanging(data)
+        self._marks: dict[str, int] | None = None  # of those, once taken
         self.generator = torch.Generator(device=device)
         if device.type == "cpu":
             self.generator.set_state(self.random.torch_state)
         else:
             self.generator.manual_seed(entry.seed)
+
+    def _unchanging(self, data: GraphData) -> list[str]:
+        """Parameters that are not trained and buffers that no program writes, each tensor once.
+
+        None of a module that is called: it may do what it likes.
+        """
+        if self.entry.opaque is not None or all(e.trainable for e in self.entry.state):
+            return []
+        own = (o for o in data.graph.outputs if o.role == "update" and o.model == self.entry.id)
+        changing = {id(self.tensors[o.key]) for o in own if o.key in self.tensors}
+        changing |= {id(self.tensors[e.path]) for e in self.entry.state if e.trainable}
+        first = {id(tensor): path for path, tensor in reversed(self.tensors.items())}
+        return [path for tensor, path in first.items() if tensor not in changing]
 
     def _begin(self, stored: dict[str, Tensor]) -> None:
         """Give the module what its first call sets up, and its stream the place after that call."""
@@ -207,13 +223,22 @@ class ModelState:
                 aliases[path] = twin
         return tensors, aliases
 
-    def dump(self) -> dict[str, Any]:
-        """Everything a checkpoint needs, as tensors and plain values."""
+    def dump(self, *, whole: bool = True) -> dict[str, Any]:
+        """Everything a checkpoint needs, as tensors and plain values.
+
+        Args:
+            whole: With tensors that never change; else with marks, by which they are known again.
+        """
         if self.entry.opaque is not None and self.module is not None:
             self.tensors = _module_tensors(self.module)
         own = {id(tensor): path for path, tensor in reversed(self.tensors.items())}
+        if not whole and self._marks is None:
+            self._marks = marks({path: self.tensors[path] for path in self._constant})
+        unchanged = {} if whole or self._marks is None else self._marks
+        kept = [path for path in own.values() if path not in unchanged]
         return {
-            "tensors": {path: self.tensors[path].detach().clone() for path in own.values()},
+            "tensors": {path: self.tensors[path].detach().clone() for path in kept},
+            "unchanged": unchanged,
             "attributes": self._attributes(),
             "generator": self.generator.get_state(),
             "random": self.random.dump(),
@@ -227,7 +252,12 @@ class ModelState:
         return {path: plain_attributes(part) for path, part in self.module.named_modules()}
 
     def load(self, values: dict[str, Any]) -> None:
-        """Go back to what `dump` gave."""
+        """Go back to what `dump` gave.
+
+        Raises:
+            ModelError: tensors have other shapes now, or those that never change other values.
+        """
+        self._check_unchanged(values.get("unchanged", {}))
         if self.entry.opaque is not None and self.module is not None:
             for path, tensor in values["tensors"].items():
                 put_tensor(self.module, path, tensor.to(self.device), persistent=True)
@@ -243,6 +273,28 @@ class ModelState:
         self.generator.set_state(values["generator"])
         self.random = RandomState.load(values["random"])
         self.steps |= values.get("steps", {})
+
+    def _check_unchanged(self, kept: dict[str, int]) -> None:
+        missing = kept.keys() - self.tensors.keys()
+        found = marks({path: self.tensors[path] for path in kept if path not in missing})
+        other = sorted(missing | {path for path, mark in found.items() if mark != kept[path]})
+        if other:
+            raise ModelError(
+                f"{other[0]} has other values here than when the training began, and as it never "
+                "changes it is in no checkpoint; a factory must build the same module each time"
+            )
+
+
+def marks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Numbers by which tensors' bits are known again, whatever device they are on."""
+    sums: dict[str, Tensor] = {}
+    for path, tensor in tensors.items():
+        flat = tensor.detach().reshape(-1).view(torch.uint8)
+        words = len(flat) // 8 * 8
+        if flat.storage_offset() % 8:  # a lane of a pack: read as words, it has to begin at one
+            flat = flat.clone()
+        sums[path] = flat[:words].view(torch.int64).sum() + flat[words:].long().sum()
+    return dict(zip(sums, torch.stack(list(sums.values())).tolist())) if sums else {}
 
 
 def _trained(trainable: bool) -> str:

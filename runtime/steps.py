@@ -35,6 +35,7 @@ class Kind:
     moments: tuple[str, ...]  # names in the optimizer's state, shaped as the parameter
     steps: bool  # whether the optimizer counts steps
     flags: tuple[bool, ...]
+    family: str  # of our own kernels
     dtype: torch.dtype
 
     @property
@@ -120,6 +121,7 @@ _Found = tuple[
     tuple[str, ...],
     bool,
     tuple[bool, ...],
+    str,
 ]
 
 
@@ -128,14 +130,14 @@ def _sgd_kind(group: Mapping[str, Any]) -> _Found | None:
         return None
     flags = (bool(group["weight_decay"]), bool(group["momentum"]), bool(group["nesterov"]))
     moments = ("momentum_buffer",) if flags[1] else ()
-    return _sgd, _sgd_numbers, _fused_sgd, True, moments, False, flags
+    return _sgd, _sgd_numbers, _fused_sgd, True, moments, False, flags, "sgd"
 
 
 def _adam_kind(group: Mapping[str, Any]) -> _Found | None:
     decoupled = bool(group.get("decoupled_weight_decay"))
     flags = (bool(group["weight_decay"]), decoupled, bool(group["amsgrad"]))
     moments = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if flags[2] else ()))
-    return _adam, _adam_numbers, _fused_adam, True, moments, True, flags
+    return _adam, _adam_numbers, _fused_adam, True, moments, True, flags, "adam"
 
 
 def _adamw_kind(group: Mapping[str, Any]) -> _Found | None:
@@ -145,12 +147,12 @@ def _adamw_kind(group: Mapping[str, Any]) -> _Found | None:
 def _rmsprop_kind(group: Mapping[str, Any]) -> _Found | None:
     flags = (bool(group["weight_decay"]), bool(group["centered"]), bool(group["momentum"]))
     moments = ["square_avg"] + ["grad_avg"] * flags[1] + ["momentum_buffer"] * flags[2]
-    return _rmsprop, _rmsprop_numbers, None, False, tuple(moments), True, flags
+    return _rmsprop, _rmsprop_numbers, None, False, tuple(moments), True, flags, "rmsprop"
 
 
 def _adagrad_kind(group: Mapping[str, Any]) -> _Found | None:
     flags = (bool(group["weight_decay"]),)
-    return _adagrad, _adagrad_numbers, _fused_adagrad, False, ("sum",), True, flags
+    return _adagrad, _adagrad_numbers, _fused_adagrad, False, ("sum",), True, flags, "adagrad"
 
 
 _RULES: dict[type, Callable[[Mapping[str, Any]], _Found | None]] = {

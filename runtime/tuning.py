@@ -153,6 +153,7 @@ class Tuner:
             _applied(ruled, options),
             taped=taped,
             improve=improve,
+            kernels=self.tuning.kernels,
             captured=captured,
             images_last=last,
             limit_bytes=self._limit_bytes(),

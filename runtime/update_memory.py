@@ -21,6 +21,7 @@ def update_held(
     packs: Sequence[Pack],
     trainings: Mapping[ModelId, TrainingSpec],
     device_type: str = "cpu",
+    kernels: bool = False,
 ) -> Held:
     """As `rehearse_update`; its time depends on how many kinds of models there are.
 
@@ -33,6 +34,7 @@ def update_held(
         packs: Those that lie in one tensor.
         trainings: By model; others take no step.
         device_type: Of the device that it is to run on.
+        kernels: Whether steps are taken by kernels of our own.
     """
     many = [group for group in _alike(types, learning, trainings) if len(group) >= 2 * _FEW]
     few = [_spread(group, trainings) for group in many]
@@ -42,7 +44,8 @@ def update_held(
         """Of these models; those that take no step are among them."""
         own = {place: type_ for place, type_ in types.items() if place[0] in models}
         specs = {model: spec for model, spec in trainings.items() if model in models}
-        return rehearse_update(own, learning, _lanes_of(packs, models), specs, device_type)
+        lanes = _lanes_of(packs, models)
+        return rehearse_update(own, learning, lanes, specs, device_type, kernels)
 
     everyone = {model for model, _ in types} | set(trainings)
     held = rehearsed(everyone - left_out)

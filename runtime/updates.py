@@ -43,6 +43,8 @@ class Updates:
         learning: Sequence[Leaf],
         accelerator: Accelerator | None = None,
         scaling: Scaling | None = None,
+        *,
+        kernels: bool = False,
     ) -> None:
         """Arrange parameters that have a gradient now; those of other models stay where they are.
 
@@ -52,10 +54,12 @@ class Updates:
             accelerator: Where rates and counts of steps lie as tensors, so that `apply` can be
                 captured; None: they are Python's.
             scaling: Knows of models whose scaled gradients have overflowed: they stay as they are.
+            kernels: Take the step by kernels of our own, where there is an accelerator.
         """
         self.version = next(_VERSIONS)  # of the arrangement
         self._updaters = dict(updaters)
         self._accelerator, self._scaling = accelerator, scaling
+        self._kernels = kernels and accelerator is not None
         self._learning = list(learning)
         self._rules = {model: kind_rule(updater) for model, updater in self._updaters.items()}
         # Nobody but its scheduler changes the hyper-parameters of an optimizer that has a rule.
@@ -153,6 +157,8 @@ class Updates:
     def without_kernels(self) -> None:
         """Leave out kernels, which allocate nothing, where only memory is looked at."""
         for flat in self._flats:
+            if flat.fused is not None:
+                flat.fused.idle = True
             if flat.kind.on_device:
                 flat.kind = replace(flat.kind, fused=lambda part: None)
 
@@ -166,7 +172,7 @@ class Updates:
         for model in models:
             rule = self._rules[model]
             found[model] = None if rule is None else rule(_group(self._updaters[model]))
-        if self._accelerator is None or self._scaling is None:
+        if self._accelerator is None or self._scaling is None or self._kernels:
             return found
         # Whether a step was left out is known on the device alone: only kernels can count there.
         scaled = {model for model in found if self._scaling.covers([model])}
@@ -212,10 +218,8 @@ class Updates:
                     alone = Piece(parameter, None, [parameter], [model])
                     pieces.setdefault(kind, []).append(alone)
         self._arranged = self._having_gradients()
-        return [
-            Flat(kind, found, self._updaters, self._accelerator, self._scaling)
-            for kind, found in pieces.items()
-        ]
+        given = self._updaters, self._accelerator, self._scaling
+        return [Flat(kind, found, *given, kernels=self._kernels) for kind, found in pieces.items()]
 
 
 def _group(updater: Updater) -> dict[str, Any]:

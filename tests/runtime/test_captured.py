@@ -23,6 +23,7 @@ from cgo.runtime.device_lanes import DeviceLanes
 from cgo.runtime.member import Member
 from cgo.runtime.tape import interpreted
 from cgo.runtime.taped import Later
+from cgo.runtime.triton_kernels import usable
 from cgo.runtime.tuning import Tuner, make_tuner
 
 CPU = torch.device("cpu")
@@ -86,6 +87,25 @@ def test_numbers_that_keep_changing_end_in_eager_steps(tmp_path):
     merged = Merged([case], tmp_path, tuning=CAPTURED)
     assert len(merged.told("captured")) >= 2
     assert "keep changing" in merged.told("eager")[0]["reason"]
+
+
+@pytest.mark.skipif(not usable(CPU, True), reason="no interpreter of Triton")
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_kernels_of_our_own_take_the_step(optimizer, tmp_path):
+    """All numbers lie on the device: changing weight decay needs no new capture."""
+    schedule = {"scheduler": "support.losses:Decaying", "scheduler_interval": "step"}
+    cases = []
+    for number in range(2):
+        given = training(optimizer, epochs=3, **(schedule if number else {}))
+        rate = OPTIMIZERS[optimizer]["lr"] / (number + 1)
+        decaying = {"lr": rate, "weight_decay": 0.02}
+        given["optimizer_kwargs"] = {**OPTIMIZERS[optimizer], **decaying}
+        given["grad_clip_norm"] = 0.3 if number else None
+        cases.append(Case(f"m{number}", "mlp", {"dropout": 0.2}, seed=number, training=given))
+    merged = check(cases, tmp_path, cgo.Tuning(measure=False, capture=True, kernels=True))
+    captured = [value["program"] for value in merged.told("captured")]
+    assert captured.count("train/32") == 1
+    assert merged.told("eager") == []
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from support import escapes
+from support import escapes, small
 
 import cgo
-from cgo import trial
+from cgo import trial, weights
 from cgo.errors import TrialError
 from cgo.planner import Planner
 from cgo.runtime import checkpoint
+from cgo.runtime.state import marks
 from cgo.user_code import Terminated
 
 
@@ -105,6 +106,77 @@ def test_an_optimizer_that_cannot_be_kept_starts_anew_after_a_crash(how, tmp_pat
     assert rows(events, "odd") == rows(expected, "odd")  # from the beginning
     kept = "starts anew" if how == "refuses" else "is in no checkpoint"
     assert f"model 'odd' {kept}" in caplog.text
+
+
+def stemmed(id_, **training):
+    data = cgo.DataSpec("support.small:points", batch_size=8)
+    spec = cgo.TrainingSpec(metrics=("accuracy",), epochs=4, **training)
+    return cgo.Model("support.small:frozen_stem", data=data, training=spec, seed=3, model_id=id_)
+
+
+@pytest.mark.parametrize("tuning", [{}, {"capture": True}])
+def test_what_never_changes_is_in_no_checkpoint_and_training_goes_on_with_it(tuning, tmp_path):
+    adam = {"optimizer": "Adam", "optimizer_kwargs": {"lr": 0.01, "weight_decay": 0.1}}
+    given = [stemmed("plain", **adam), stemmed("other", optimizer_kwargs={"lr": 0.3})]
+    settings = {"tuning": {"measure": False, **tuning}}
+    whole = Planner().plan(given, tmp_path / "whole", settings).graph_data
+    expected = run(whole, tmp_path / "whole")
+    killed = Planner().plan(given, tmp_path / "killed", settings).graph_data
+    with pytest.raises(Terminated):
+        run(killed, tmp_path / "killed", until=2)
+    for record in checkpoint.load(tmp_path / "killed").values():
+        state = record["state"]
+        frozen = {"stem.0.weight", "stem.0.bias", "scale"}
+        assert set(state["unchanged"]) == frozen
+        # The norm of the frozen stem goes on counting.
+        assert {"head.weight", "stem.1.running_mean"} <= set(state["tensors"])
+        assert frozen.isdisjoint(state["tensors"])
+    events = run(killed, tmp_path / "killed")
+    for id_ in ("plain", "other"):
+        assert rows(events, id_)[1] == rows(expected, id_)[1][2:]
+        name = f"weights/{id_}.safetensors"
+        ours, theirs = (weights.load(tmp_path / part / name) for part in ("killed", "whole"))
+        assert ours.keys() == theirs.keys() == small.frozen_stem().state_dict().keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_frozen_part_that_is_built_otherwise_starts_anew(tmp_path, monkeypatch, caplog):
+    data = Planner().plan([stemmed("plain")], tmp_path).graph_data
+    with pytest.raises(Terminated):
+        run(data, tmp_path, until=2)
+    plain = small.frozen_stem
+
+    def other():
+        net = plain()
+        torch.nn.init.zeros_(net.stem[0].bias)
+        return net
+
+    monkeypatch.setattr(small, "frozen_stem", other)
+    assert rows(run(data, tmp_path), "plain")[0] == [0, 1, 2, 3]
+    assert "stem.0.bias has other values here than when the training began" in caplog.text
+
+
+@pytest.mark.parametrize("part", ["optimizer", "scheduler"])
+def test_what_a_part_of_the_users_may_change_is_kept(part, tmp_path):
+    given = {"optimizer": {"optimizer": "support.small:Shrinking", "optimizer_kwargs": {"lr": 0.1}},
+             "scheduler": {"scheduler": "support.losses:Decaying"}}[part]  # fmt: skip
+    data = Planner().plan([stemmed("plain", **given)], tmp_path).graph_data
+    with pytest.raises(Terminated):
+        run(data, tmp_path, until=2)
+    state = checkpoint.load(tmp_path)["plain"]["state"]
+    assert state["unchanged"] == {}
+    assert set(state["tensors"]) >= {"stem.0.weight", "scale", "head.weight"}
+
+
+def test_marks_tell_bits_apart():
+    tensors = {"a": torch.rand(7, 3), "b": torch.rand(5).double(), "c": torch.ones(3, dtype=bool),
+               "d": torch.tensor(2.0), "e": torch.zeros(0), "f": torch.rand(4, 3)[1]}  # fmt: skip
+    found = marks(tensors)
+    assert found == marks({path: tensor.clone() for path, tensor in tensors.items()})
+    for path in "abcdf":
+        changed = tensors[path].clone()
+        changed.view(-1)[-1] = 0
+        assert marks({path: changed})[path] != found[path]
 
 
 def test_a_trial_whose_checkpoints_cannot_be_written_trains_on_and_says_so(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from cgo.passes.merge import merge
 from cgo.runtime.lower import lower
 from cgo.runtime.packing import Pack
 from cgo.runtime.rehearsal import Held, LiveBytes, rehearse_program, rehearse_update
+from cgo.runtime.triton_kernels import usable
 
 CPU = torch.device("cpu")
 F32 = TensorType("float32", (10, 10))  # 400 bytes
@@ -140,12 +141,12 @@ TYPES = dict.fromkeys(PLACES, F32)
 PACK = Pack(("a.w", "b.w"), tuple(PLACES), trainable=True)
 
 
-def update(optimizer, device_type="cpu", packs=(PACK,), rates=(0.1, 0.1), **given):
+def update(optimizer, device_type="cpu", packs=(PACK,), rates=(0.1, 0.1), kernels=False, **given):
     trainings = {
         model: TrainingSpec(optimizer=optimizer, optimizer_kwargs={"lr": rate}, **given)
         for model, rate in zip("ab", rates)
     }
-    return rehearse_update(TYPES, frozenset(PLACES), packs, trainings, device_type)
+    return rehearse_update(TYPES, frozenset(PLACES), packs, trainings, device_type, kernels)
 
 
 SMALL = 100  # bytes of counts, positions and scalars
@@ -172,6 +173,13 @@ def test_a_flat_step_holds_a_copy_of_the_gradients_and_vectors_of_numbers():
     assert flat.highest - flat.after >= block
     # The square average, a vector for each number, and where elements belong: eight bytes each.
     assert flat.after - by_kernels.after >= 4 * block + 1600
+
+
+@pytest.mark.skipif(not usable(torch.device("cuda")), reason="no Triton")
+def test_kernels_of_our_own_need_no_vectors():
+    given = {"device_type": "cuda", "kernels": True}
+    plain, moved = update("SGD", **given), update("RMSprop", **given)
+    assert moved.after - plain.after == 1024  # the square average
 
 
 def test_clipping_holds_a_scaled_copy_of_the_gradients():

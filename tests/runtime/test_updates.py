@@ -16,8 +16,15 @@ from cgo.runtime.accelerator import accelerator_for
 from cgo.runtime.flat import _Layout
 from cgo.runtime.optimizers import Updater
 from cgo.runtime.scaling import LossScale, Scaling
+from cgo.runtime.triton_kernels import usable
 from cgo.runtime.updates import Updates
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+CPU = torch.device("cpu")
+interpreting = pytest.mark.skipif(
+    not usable(CPU, True), reason="Triton interprets no kernels here: it is missing, or for a GPU"
+)
 SHAPES = ((3, 4), (4,), ())
 STEPS = 20
 
@@ -106,6 +113,7 @@ class Lanes:
         }
         self.updates = None
         self.left_out = set()
+        self.kernels = False  # take the step by kernels of our own, as on a GPU
 
     def give(self, gradients):
         """Gradients as each model's own list; None where there is none."""
@@ -117,7 +125,8 @@ class Lanes:
     def step(self, gradients, without=frozenset()):
         self.give(gradients)
         if self.updates is None:
-            self.updates = Updates(self.updaters, [pair for pair in self.leaves])
+            device = accelerator_for(CPU) if self.kernels else None
+            self.updates = Updates(self.updaters, self.leaves, device, kernels=self.kernels)
         self.updates.step(without)
         for number, (name, parameters) in enumerate(zip(self.names, self.own)):
             if not self.updates.covers(name):
@@ -170,6 +179,65 @@ def test_random_optimizers_step_as_torch_optim(given, seed):
     for (leaf, own), number in zip(lanes.leaves, range(len(SHAPES))):
         for lane, parameters in zip(leaf, lanes.own):
             assert torch.equal(lane, own[0]) or torch.equal(lane, parameters[number])
+
+
+@interpreting
+@settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    given=st.lists(specs(), min_size=1, max_size=4),
+    seed=st.integers(0, 99),
+    left_out=st.sets(st.integers(0, 3), max_size=2),
+)
+def test_kernels_of_our_own_step_as_torch_optim(given, seed, left_out):
+    """Some models leave out the second step."""
+    lanes = Lanes(given, seed=seed)
+    lanes.kernels = True
+    alone = Alone(lanes, given)
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(4):
+        skip = [step == 1 and number in left_out for number in range(len(given))]
+        gradients = draw_gradients(lanes, generator)
+        stays = {name for name, skips in zip(lanes.names, skip) if skips}
+        stays &= {name for name in stays if lanes.updates.covers(name)}
+        skip = [name in stays for name in lanes.names]
+        lanes.step(gradients, frozenset(stays))
+        alone.step(gradients, skip)
+    assert_equal(lanes, alone, rtol=1e-9, atol=1e-11)
+    lanes.updates.sync()
+    for ours, theirs in zip(lanes.updaters.values(), alone.updaters):
+        left, right = (updater.optimizer.state_dict()["state"] for updater in (ours, theirs))
+        for index, state in right.items():
+            assert state.get("step") == left[index].get("step")
+
+
+@interpreting
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam", "RMSprop", "Adagrad"])
+def test_large_gradients_are_read_where_they_are(optimizer, monkeypatch):
+    """With a launch of their own; the bits are the same."""
+    from cgo.runtime import fused_updates  # imports Triton
+    from cgo.runtime.triton_kernels import optimizers
+
+    found, launches = [], []
+    plain = optimizers.fused_update
+    for apart_bytes in (0, 3 * 4 * 4, 2**22):
+        monkeypatch.setattr(fused_updates, "_APART_BYTES", apart_bytes)
+        calls = []
+        monkeypatch.setattr(
+            optimizers, "fused_update", lambda *given, calls=calls: calls.append(1) or plain(*given)
+        )
+        given = [
+            TrainingSpec(optimizer=optimizer, optimizer_kwargs={"lr": 0.1 / n}) for n in (1, 2)
+        ]
+        lanes = Lanes(given, dtype=torch.float32)
+        lanes.kernels = True
+        generator = torch.Generator().manual_seed(8)
+        for _ in range(2):
+            lanes.step(draw_gradients(lanes, generator))
+        found.append([p.detach().clone() for own in lanes.own for p in own])
+        launches.append(len(calls) // 2)
+    assert launches == [5, 2, 1]  # three packed leaves, and one of each model's own
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
 
 
 @pytest.mark.parametrize("optimizer", [name for name in KWARGS if name != "Adadelta"])
@@ -240,15 +308,17 @@ def test_a_schedule_may_change_what_a_step_needs():
     assert_equal(lanes, alone)
 
 
+@pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=interpreting)])
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad"])
-def test_a_bad_gradient_changes_no_bit_of_other_lanes(optimizer, clip, poison):
+def test_a_bad_gradient_changes_no_bit_of_other_lanes(optimizer, clip, poison, kernels):
     given = [
         TrainingSpec(optimizer=optimizer, optimizer_kwargs={"lr": 0.1 / n}, grad_clip_norm=clip)
         for n in (1, 2, 3)
     ]
     clean, dirty = Lanes(given), Lanes(given)
+    clean.kernels = dirty.kernels = kernels
     generator = torch.Generator().manual_seed(2)
     for _ in range(3):
         gradients = draw_gradients(clean, generator)
@@ -261,13 +331,15 @@ def test_a_bad_gradient_changes_no_bit_of_other_lanes(optimizer, clip, poison):
     assert not dirty.own[1][0].isfinite().all()
 
 
-def test_a_lane_left_out_stays_as_it_is():
+@pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=interpreting)])
+def test_a_lane_left_out_stays_as_it_is(kernels):
     given = [
         TrainingSpec(optimizer="Adam", optimizer_kwargs={"lr": 0.1}),
         TrainingSpec(optimizer="Adam", optimizer_kwargs={"lr": 0.2}),
         TrainingSpec(optimizer_kwargs={"lr": 0.2}),
     ]
     all_in, left_out = Lanes(given), Lanes(given)
+    all_in.kernels = left_out.kernels = kernels
     generator = torch.Generator().manual_seed(3)
     before = [[p.detach().clone() for p in parameters] for parameters in left_out.own]
     for _ in range(3):
@@ -285,7 +357,9 @@ def test_a_lane_left_out_stays_as_it_is():
 OVERFLOWS = {"m0": {0, 3, 4}, "m1": {0, 1}, "m3": {5}}  # in which steps; m2 has no scale
 
 
-@pytest.mark.parametrize("way", ["kernels", "flat tensors", "device"])
+@pytest.mark.parametrize(
+    "way", ["kernels", "flat tensors", "device", pytest.param("our kernels", marks=interpreting)]
+)
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad"])
 def test_overflown_lanes_leave_out_the_step(optimizer, clip, way):
@@ -332,8 +406,9 @@ def poisoned(gradients, bad):
 def arranged(lanes, generator, way, scaling):
     """Updates of lanes, without torch's fused kernels if need be."""
     lanes.give(draw_gradients(lanes, generator))
-    accelerator = accelerator_for(torch.device("cpu")) if way == "device" else None
-    updates = Updates(lanes.updaters, lanes.leaves, accelerator, scaling)
+    accelerator = accelerator_for(CPU) if way in ("device", "our kernels") else None
+    ours = way == "our kernels"
+    updates = Updates(lanes.updaters, lanes.leaves, accelerator, scaling, kernels=ours)
     for flat in updates._flats if way == "flat tensors" else ():
         flat.kind = replace(flat.kind, fused=None)
     return updates

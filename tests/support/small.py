@@ -334,3 +334,27 @@ class Counting(nn.Module):
 
 def counting():
     return Counting()
+
+
+class frozen_stem(nn.Module):
+    """A frozen stem, whose norm counts in training mode, and a buffer that nobody writes."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)).requires_grad_(False)
+        self.stem[1].requires_grad_(True)
+        self.head = nn.Linear(5, 3)
+        self.register_buffer("scale", torch.tensor(0.5))
+
+    def forward(self, x):
+        return self.head(self.stem(x)) * self.scale
+
+
+class Shrinking(torch.optim.SGD):
+    """Shrinks what is frozen, too."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        with torch.no_grad():
+            for parameter in self.param_groups[0]["params"]:
+                parameter.mul_(0.99)
