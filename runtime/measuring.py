@@ -104,7 +104,7 @@ class Measuring:
     steps: int
     offered: Callable[[Form], bool] = by_itself
     search: bool = False
-    searched: set[str] = field(default_factory=set)  # groups by name
+    searched: dict[str, float] = field(default_factory=dict)  # groups, and seconds expected of it
     _off: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     @property
@@ -120,10 +120,10 @@ class Measuring:
                 options[name] = self.of_group(groups[name], timer)
         return found
 
-    def _searches(self, groups: Groups, timers: Sequence[Timer]) -> set[str]:
+    def _searches(self, groups: Groups, timers: Sequence[Timer]) -> dict[str, float]:
         """Groups for which cuDNN is to time its kernels; half of the budget may go there."""
         if not self.search:
-            return set()
+            return {}
         types, shapes = timers[0].types, len(timers)
         candidates = [
             found
@@ -131,7 +131,8 @@ class Measuring:
             if (found := candidate(name, nodes, types, self.profile, shapes=shapes)) is not None
         ]
         budget_s = (self.budget.seconds - self.budget.spent) / 2
-        return set(worth_searching(candidates, self.profile, self.steps, budget_s))
+        chosen = worth_searching(candidates, self.profile, self.steps, budget_s)
+        return {one.name: one.found_s for one in candidates if one.name in chosen}
 
     def order(self, groups: Groups, types: Types) -> list[str]:
         """Names of groups; what is measured first is first."""
@@ -180,6 +181,7 @@ class Measuring:
                 seconds = cost(Way(form, layout), width)
                 if seconds is not None and math.isfinite(seconds):
                     found.append(Option(form, layout, width, seconds))
+                    cost.best = min(cost.best, seconds)
         return found
 
     def _views(self, nodes: Sequence[Node], timer: Timer) -> list[Option]:
@@ -247,6 +249,7 @@ class _Cost:
     nodes: Sequence[Node]
     timer: Timer
     signature: Signature
+    best: float = math.inf  # of the ways before
 
     def __post_init__(self) -> None:
         self._work = work_of(self.nodes[0], self.timer.types)
@@ -289,7 +292,8 @@ class _Cost:
         key = "+".join([f"{way.form}/{way.layout}", *(n[0].op for n in behind)])
         if self.timer.marked_last and self._images:
             key += "/last"
-        search = way.form == SEARCHED and self.nodes[0].group in of.searched
+        expected = of.searched.get(self.nodes[0].group or "", math.inf)
+        search = way.form == SEARCHED and expected < self.best
         if search:
             key, measured = key + FOUND, width  # what is found holds for this very shape
         known = of.table.get(self.signature, key, measured)

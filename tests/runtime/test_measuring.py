@@ -148,8 +148,8 @@ def test_kernels_are_searched_for_where_that_is_repaid_and_again_by_the_next_pro
     graph, models = planned
     quick = replace(H100, search_s=1e-3)
     table = CostTable(None, GPU, key="simulated")
-    slow = {LOOPED: 100.0}  # so that what is fused is chosen
-    first, second, off, short = Clock(), Clock(), Clock(), Clock()
+    slow = {LOOPED: 100.0, "last": 200.0}  # so that what is fused is chosen
+    first, second, off, short, fast = (Clock() for _ in range(5))
     choice = simulated(first, profile=quick, table=table, factors=slow)(graph, models)
     assert {form for _, form in first.searched} == {"grouped convolution"}
     simulated(second, profile=quick, table=table, factors=slow)(graph, models)  # remembers
@@ -159,4 +159,6 @@ def test_kernels_are_searched_for_where_that_is_repaid_and_again_by_the_next_pro
     assert {choice.ways[name].form for name in again} == {"grouped convolution"}
     simulated(off, Tuning(search=False), profile=quick, factors=slow)(graph, models)
     simulated(short, Tuning(share=1.0), steps=100, factors=slow)(graph, models)
-    assert off.searched == short.searched == []
+    loops = {LOOPED: 0.01, "last": 0.01}  # nothing that is found can be faster
+    simulated(fast, profile=quick, factors=loops)(graph, models)
+    assert off.searched == short.searched == fast.searched == []
