@@ -22,8 +22,8 @@ How groups of equal operators are executed as one. Generated from the registry
 
 A group is written in the first form that takes it. What no form takes goes through `torch.vmap`,
 traced once into plain ATen; what that cannot batch is a loop over the members, and
-`cgo explain` says why. Forms marked "chosen" are for a GPU, and taken where they were measured to be
-faster: kernels in Triton, and another memory format of images.
+`cgo explain` says why. Forms marked "chosen" are for a GPU, and taken where they were measured to
+be faster: kernels in Triton, and another memory format of images.
 
 Layouts of a packed value of M members: *stacked* `(M, ...)`; *channels* `(N, M*C, ...)`, side by
 side along axis 1; *either*: whichever its inputs have.
