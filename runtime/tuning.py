@@ -204,7 +204,7 @@ class Tuner:
             return [options | {n: o for n, o in wanted.items() if o} for options in found]
         return found
 
-    def _allowed(self, options: dict[str, Option]) -> dict[str, Option]:
+    def _allowed(self, options: Mapping[str, Option]) -> Mapping[str, Option]:
         """A record's options; groups are executed by rule where these are of forbidden kernels."""
         if self.tuning.kernels is not False:
             return options
