@@ -6,7 +6,14 @@ STAMP := $(VENV)/.installed
 # Small tensors gain nothing from several threads, and tests run beside trials of their own.
 TEST_ENV := OMP_NUM_THREADS=1
 
-.PHONY: demo test test-all test-matrix lint typecheck wheel clean
+# What a machine with a GPU needs, and an environment as bare as such a machine's to try it in.
+BUNDLE ?= build/gpu-bundle
+GPU_PYTHON ?= 3.12
+GPU_TORCH ?= 2.11.0
+PYTHON312 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12) python3.12)
+REHEARSAL := build/rehearsal
+
+.PHONY: demo test test-all test-matrix lint typecheck wheel gpu-bundle gpu-rehearsal clean
 
 demo: $(STAMP)
 	$(BIN)/cgo demo
@@ -36,6 +43,27 @@ typecheck: wheel
 wheel: $(STAMP)
 	rm -rf dist build/lib build/bdist.*
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist . > /dev/null
+
+# Plans that are there and still fit are kept; the first time takes minutes of all processors.
+gpu-bundle: wheel
+	$(TEST_ENV) $(BIN)/python benchmarks/gpu_bundle.py --folder $(BUNDLE) --python $(GPU_PYTHON)
+
+# Both stages at reduced size on the CPU: another Python and torch, nothing of this environment, no
+# repository and no network. Takes gigabytes for torch and minutes.
+gpu-rehearsal: wheel $(REHEARSAL)/.installed
+	$(TEST_ENV) $(BIN)/python benchmarks/gpu_bundle.py --folder $(REHEARSAL)/bundle \
+		--python $(GPU_PYTHON) --size reduced
+	$(BIN)/python benchmarks/gpu_rehearsal.py --bundle $(REHEARSAL)/bundle \
+		--python $(REHEARSAL)/environment/bin/python --log $(REHEARSAL)/log.txt \
+		--record $(REHEARSAL)/figures.json
+
+# What such a machine is expected to have; what it is not, the bundle carries.
+$(REHEARSAL)/.installed: Makefile benchmarks/gpu_expected.txt
+	rm -rf $(REHEARSAL)/environment
+	$(PYTHON312) -m venv $(REHEARSAL)/environment
+	$(REHEARSAL)/environment/bin/python -m pip install --quiet torch==$(GPU_TORCH)
+	$(REHEARSAL)/environment/bin/python -m pip install --quiet -r benchmarks/gpu_expected.txt
+	touch $@
 
 # The constraints file pins torch to the CPU build; torch goes first so that nothing pulls another.
 $(STAMP): pyproject.toml constraints.txt

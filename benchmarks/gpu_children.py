@@ -7,16 +7,19 @@ preparing and running until it is told that the device is free.
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import json
 import math
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gpu_sections import Job, Section, described
@@ -24,9 +27,13 @@ from gpu_sections import Job, Section, described
 #: What a section's process says of itself, beside its figures.
 READY, OK, FAILED = "ready", "ok", "failed"
 
+#: How long a process that prints where it is may take for it.
+_SHOWN_S = 0.5
+
 
 def serve(section: Section, job: Job) -> None:
     """Be the process of a section: prepare, wait for a line on the standard input, run."""
+    faulthandler.register(signal.SIGUSR1, all_threads=False)  # see `Child.show`
     lines = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print must not stand between the lines
 
@@ -71,12 +78,14 @@ class Child:
 
     Attributes:
         figures: What it has found so far.
+        heard: Called each time that it has found something.
         status: What it last said of itself; empty before it said anything.
     """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self.figures: dict[str, Any] = {}
         self.status = ""
+        self.heard: Callable[[], None] = lambda: None
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -93,6 +102,13 @@ class Child:
     def wait_ready(self, until: float) -> bool:
         """Whether it is prepared, or has ended, before this `time.monotonic()`."""
         return self._wait((READY, OK, FAILED), until)
+
+    def show(self) -> None:
+        """Let it print where it is, to the standard error."""
+        if self._process.poll() is None:
+            os.kill(self._process.pid, signal.SIGUSR1)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_SHOWN_S)
 
     def go(self) -> None:
         """Let it use the device."""
@@ -120,6 +136,8 @@ class Child:
                 part = json.loads(line)
                 self.status = part.pop("status", self.status)
                 self.figures |= part
+                if part:
+                    self.heard()
         return True
 
     def end(self) -> None:

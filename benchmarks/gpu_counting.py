@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,16 +27,17 @@ _UNTOUCHED = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::n
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs and bytes of a step."""
+    """FLOPs and bytes of a step, and its calls of operators that are no views."""
 
     flops: int
     moved: int  # bytes read and written
+    calls: int = field(default=0, compare=False)
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.moved + other.moved)
+        return Work(self.flops + other.flops, self.moved + other.moved, self.calls + other.calls)
 
     def __mul__(self, times: int) -> Work:
-        return Work(self.flops * times, self.moved * times)
+        return Work(self.flops * times, self.moved * times, self.calls * times)
 
 
 class _Bytes(TorchDispatchMode):
@@ -44,12 +45,13 @@ class _Bytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.moved = 0
+        self.moved = self.calls = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if not func.is_view and func._schema.name not in _UNTOUCHED:
             self.moved += sum(map(_size, tree_iter((args, kwargs, result))))
+            self.calls += 1
         return result
 
 
@@ -65,7 +67,7 @@ def work_of(action: Callable[[], Any]) -> Work:
     moved = _Bytes()
     with FlopCounterMode(display=False) as flops, moved:
         action()
-    return Work(flops.get_total_flops(), moved.moved)
+    return Work(flops.get_total_flops(), moved.moved, moved.calls)
 
 
 def step_work(solo: Solo) -> Work:

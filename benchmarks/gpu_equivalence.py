@@ -9,7 +9,7 @@ import hashlib
 import math
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,14 +24,13 @@ from cgo.events import Event
 from cgo.graph_data import GraphData
 from cgo.imports import resolve
 from cgo.model import Model
-from cgo.planner import Planner
 from cgo.runtime.training import train
 
 #: Relative distance of float64 losses that is allowed.
 ALLOWED = 1e-8
 
 #: Nothing is measured, so that two runs choose alike; steps are recorded, as in long trainings.
-KNOWN = cgo.Tuning(measure=False, tape=True)
+TUNING = {"measure": False, "tape": True}
 
 #: A learning rate after which a model's weights are no numbers.
 _RUINOUS = 1e30
@@ -70,30 +69,38 @@ class Run:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def plan(models: Sequence[Model], folder: Path) -> GraphData:
-    """The document of models that are all merged."""
-    found = Planner().plan(models, folder, {"tuning": KNOWN.as_json()})
-    if found.graph_data is None or found.failures or found.report.opaque:
-        raise cgo.CgoError(f"not merged: {found.failures or found.report.opaque}")
-    return found.graph_data
+def checked_models() -> dict[str, list[Model]]:
+    """The companies of models that are checked, by the names of their plans."""
+    families = {name: workload.build("small") for name, workload in WORKLOADS.items()}
+    return {**families, "whole": mixed_models(), "ruined": mixed_models(ruined=True)}
 
 
-def run(data: GraphData, device: torch.device, *, observed: bool = False) -> Run:
+def run(
+    data: GraphData,
+    device: torch.device,
+    *,
+    observed: bool = False,
+    heard: Callable[[Event], None] = lambda event: None,
+) -> Run:
     """Train in a fresh folder; observed, every step's losses are read."""
     found = Run()
+
+    def report(event: Event) -> None:
+        found.report(event)
+        heard(event)
+
     with tempfile.TemporaryDirectory(prefix="cgo-suite-") as folder:
-        train(data, Path(folder), found.report, observer=found if observed else None,
-              device=device)  # fmt: skip
+        observer = found if observed else None
+        train(data, Path(folder), report, observer=observer, device=device)
     return found
 
 
-def check_family(name: str, folder: Path, device: torch.device) -> dict[str, Any]:
+def check_family(name: str, data: GraphData, device: torch.device) -> dict[str, Any]:
     """Float64 losses of a small variant of a workload over 100 steps, against the plain loop.
 
     Steps are compared in an observed run, epochs in one without, whose steps are as fast ones are.
     """
     models = WORKLOADS[name].build("small")
-    data = plan(models, folder)
     steps, epochs = run(data, device, observed=True), run(data, device)
     _refuse_errors(steps, epochs)
     worst_step = worst_epoch = 0.0
@@ -168,13 +175,17 @@ def small(name: str) -> list[Model]:
     return models
 
 
-def check_bits(folder: Path, device: torch.device) -> dict[str, Any]:
+def check_bits(data: GraphData, spoilt: GraphData, device: torch.device) -> dict[str, Any]:
     """Two equal runs give equal bits; a model whose weights become NaN changes no other's.
 
     Deterministic algorithms are asked for; operators that have none are named, not refused.
+
+    Args:
+        data: Of `mixed_models`.
+        spoilt: Of the same, one of them ruined.
+        device: Where to train.
     """
-    whole, ruined = mixed_models(), mixed_models(ruined=True)
-    data, spoilt = plan(whole, folder / "whole"), plan(ruined, folder / "ruined")
+    whole = mixed_models()
     with _deterministic() as notes:
         first, second = run(data, device), run(data, device)
         beside = run(spoilt, device)
@@ -185,6 +196,7 @@ def check_bits(folder: Path, device: torch.device) -> dict[str, Any]:
     touched = [i for i in ids if i != lane and first.digest(i) != beside.digest(i)]
     diverged = not math.isfinite(beside.rows[lane][-1]["train_loss"])
     return {
+        "passed": diverged and not touched and not repeated,
         "models": len(ids),
         "steps": 4 * len(first.rows[lane]),
         "repeat": {"passed": not repeated, "differ": repeated},

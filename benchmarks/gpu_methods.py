@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from gpu_counting import Work, forward_work, step_work, synchronize
@@ -112,11 +113,20 @@ def sampled(models: list[Model], count: int) -> list[Model]:
 
 
 def times(
-    methods: Mapping[str, Steps], device: torch.device, rounds: int = 5
+    methods: Mapping[str, Steps],
+    device: torch.device,
+    rounds: int = 5,
+    heard: Callable[[dict[str, list[float]]], None] = lambda rows: None,
 ) -> dict[str, list[float]]:
     """Wall seconds of a step, by method, one for each interleaved round.
 
     The device is waited for before and after each round.
+
+    Args:
+        methods: What to time.
+        device: What they run on.
+        rounds: How often each is timed.
+        heard: Called after each round with what there is so far.
     """
     counts = {}
     for name, steps in methods.items():
@@ -126,6 +136,7 @@ def times(
     for _ in range(rounds):
         for name, steps in methods.items():
             found[name].append(_seconds(steps, counts[name], device) / counts[name])
+        heard(found)
     return found
 
 
@@ -142,15 +153,34 @@ def median(rows: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: statistics.median(row) for name, row in rows.items()}
 
 
-def total_work(workload: Workload, models: list[Model], device: torch.device) -> Work:
-    """Of a step of all models, counted on one of each architecture; a shared trunk counts once."""
+@dataclass(frozen=True)
+class Counted:
+    """What a step of all models does, and how much more that is than a step of the sampled ones."""
+
+    total: Work  # a trunk that all share counts once
+    trunk: Work  # of its forward
+    scale: float  # calls of operators of all models alone, over those of the sampled ones
+
+
+def counted(workload: Workload, models: list[Model], sample: list[Model]) -> Counted:
+    """Count one of each architecture, without a GPU.
+
+    Images need no memory for it (the meta device); attention is another operator there.
+    """
+    device = torch.device("meta" if workload.images else "cpu")
     alike: dict[str, list[Model]] = {}
     for model in models:
-        alike.setdefault(f"{model.module} {sorted(model.kwargs.items())}", []).append(model)
-    total, trunk = Work(0, 0), Work(0, 0)
-    for group in alike.values():
+        alike.setdefault(_architecture(model), []).append(model)
+    alone, trunk = {}, Work(0, 0)
+    for kind, group in alike.items():
         (solo,) = solos_of(group[:1], device)
-        total += step_work(solo) * len(group)
+        alone[kind] = step_work(solo)
         if workload.trunk is not None:
             trunk = forward_work(solo.net.get_submodule(workload.trunk), next(solo.batches)[0])
-    return total + trunk * (1 - len(models))
+    total = sum((alone[_architecture(model)] for model in models), Work(0, 0))
+    chosen = sum((alone[_architecture(model)] for model in sample), Work(0, 0))
+    return Counted(total + trunk * (1 - len(models)), trunk, total.calls / chosen.calls)
+
+
+def _architecture(model: Model) -> str:
+    return f"{model.module} {sorted(model.kwargs.items())}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from gpu_counting import Ceilings, Work
@@ -23,15 +24,23 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
     rows = {
         name: _row(workload, sections[name], sections, judged)
         for name, workload in WORKLOADS.items()
-        if "step_s" in sections.get(name, {})
+        if {"merged", "eager"} <= set(step_seconds(sections.get(name, {})))
     }
-    if "ratio" in (found := sections.get("stored", {})):
-        met = found["ratio"] >= STORED_TARGET if judged else None
-        rows["stored"] = {
-            "eager_ratio": found["ratio"], "eager_target": STORED_TARGET, "met": met,
-            "store_stems": found["store_stems"],
-        }  # fmt: skip
+    if {"serial_s", "epoch_s"} <= set(found := sections.get("stored", {})):
+        rows["stored"] = _stored_row(found, sections, judged)
     return rows
+
+
+def step_seconds(figures: dict[str, Any]) -> dict[str, float]:
+    """Seconds of a step of all models, by method; solo ones were measured on a sample."""
+    scale = figures.get("scale", 1.0)
+    if "step_s" in figures:  # as results had them at first
+        return dict(figures["step_s"])
+    return {
+        name: statistics.median(row) * (1.0 if name == "merged" else scale)
+        for name, row in figures.get("rows", {}).items()
+        if row
+    }
 
 
 def _judged(results: dict[str, Any]) -> bool:
@@ -42,12 +51,13 @@ def _judged(results: dict[str, Any]) -> bool:
 def _row(
     workload: Workload, figures: dict[str, Any], sections: dict[str, Any], judged: bool
 ) -> dict[str, Any]:
-    step_s = dict(figures["step_s"])
+    step_s = step_seconds(figures)
     merged = step_s.pop("merged")
     compiled = sections.get(f"compiled:{workload.name}", {}).get("over_eager")
     if compiled is not None:
         step_s["compiled"] = step_s["eager"] / compiled
     best = min(step_s, key=lambda name: step_s[name])
+    least_s = _least_s(figures, sections.get("ceilings", {}))
     row = {
         "models": figures["models"],
         "merged_s": merged,
@@ -57,7 +67,8 @@ def _row(
         "solo_ratio": step_s[best] / merged,
         "eager_target": workload.eager,
         "solo_target": workload.solo,
-        "roofline_share": _share(figures, sections.get("ceilings", {}), merged),
+        "roofline_share": least_s and least_s / merged,
+        "solo_roofline_share": least_s and least_s / step_s[best],
     }
     row["met"] = _met(row) if judged else None
     return row
@@ -67,13 +78,96 @@ def _met(row: dict[str, Any]) -> bool:
     return all(row[f"{kind}_ratio"] >= row[f"{kind}_target"] for kind in ("eager", "solo"))
 
 
-def _share(figures: dict[str, Any], ceilings: dict[str, Any], merged_s: float) -> float | None:
-    """The least time of the step's work over the time that the merged step takes."""
+def _stored_row(figures: dict[str, Any], sections: dict[str, Any], judged: bool) -> dict[str, Any]:
+    """Whole trainings of a few epochs; of those that are there, where not all are."""
+    part = len(figures["epoch_s"]) / figures["epochs"]
+    merged = sum(figures["epoch_s"])
+    serial = figures["serial_s"] * part
+    captured = figures.get("captured_s")
+    compiled = sections.get("compiled:heads", {}).get("over_eager")
+    solos = {
+        "eager": serial,
+        "captured": captured and captured * part,
+        "compiled": compiled and serial / compiled,
+    }
+    known = {name: seconds for name, seconds in solos.items() if seconds}
+    best = min(known, key=lambda name: known[name])
+    least_s = _least_s(figures, sections.get("ceilings", {}))
+    ratio = serial / merged
+    return {
+        "models": figures["models"],
+        "epochs": len(figures["epoch_s"]),
+        "merged_s": merged,
+        **{f"{name}_s": solos[name] for name in _SOLO},
+        "eager_ratio": ratio,
+        "last_epoch_ratio": serial / part / figures["epochs"] / figures["epoch_s"][-1],
+        "best_solo": best,
+        "solo_ratio": known[best] / merged,
+        "eager_target": STORED_TARGET,
+        # The work is that of all epochs.
+        "roofline_share": least_s / merged if least_s and part == 1 else None,
+        "met": ratio >= STORED_TARGET if judged else None,
+        "store_stems": figures["store_stems"],
+    }
+
+
+def _least_s(figures: dict[str, Any], ceilings: dict[str, Any]) -> float | None:
+    """The least time of the work, by what the device was seen to reach."""
     if "flops" not in figures or "bandwidth" not in ceilings:
         return None
     known = Ceilings(ceilings["flops"], ceilings["tf32_flops"], ceilings["bandwidth"])
     work = Work(figures["flops"], figures["bytes"])
-    return known.least_s(work, tf32=figures["tf32"]) / merged_s
+    return known.least_s(work, tf32=figures["tf32"])
+
+
+def page(results: dict[str, Any]) -> str:
+    """A page of plain text: what was equal, what was measured, and what is missing and why."""
+    cuda, sections = results["cuda"], results["sections"]
+    where = cuda["name"] if cuda else "a CPU: says nothing about a GPU"
+    head = f"{'':<10}{'models':>7}{'merged':>9}{'eager':>9}{'graphs':>9}{'compiled':>9}"
+    return "\n".join([
+        f"== {where}; torch {results['environment']['torch']}; {results['spent_s']:.0f} of "
+        f"{results['budget_s']:.0f} s ==",
+        _equivalence(sections.get("equivalence", {})),
+        _ceilings(sections.get("ceilings", {})),
+        "Milliseconds of a step of all models (stored: seconds of all epochs); merged over eager "
+        "and over the best",
+        "solo method, with what is to be reached; the share of the roofline; seconds to the first "
+        "step.",
+        f"{head}{'x eager':>15}{'x solo':>15}{'roofline':>9}{'first':>7}",
+        *(_page_line(name, row, sections[name]) for name, row in results["summary"].items()),
+        *(f"{name}: {_why(figures)}" for name, figures in sections.items()
+          if figures["status"] != "ok"),
+    ]) + "\n"  # fmt: skip
+
+
+def _page_line(name: str, row: dict[str, Any], figures: dict[str, Any]) -> str:
+    unit = 1.0 if name == "stored" else 1000.0
+    times = (row[f"{key}_s"] for key in ("merged", *_SOLO))
+    cells = "".join(f"{'-' if t is None else f'{unit * t:.2f}':>9}" for t in times)
+    ratios = "".join(f"{_ratio(row, kind):>15}" for kind in ("eager", "solo"))
+    share, first = row["roofline_share"], figures.get("first_step_s")
+    last = f"{'-' if share is None else f'{share:.0%}':>9}{_seconds(first):>7}"
+    return f"{name:<10}{row['models']:>7}{cells}{ratios}{last}"
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _ceilings(figures: dict[str, Any]) -> str:
+    if "bandwidth" not in figures:
+        return "Ceilings: not measured."
+    fast = figures["tf32_flops"]
+    tf32 = "no TF32" if fast is None else f"{fast / 1e12:.0f} with TF32"
+    return (
+        f"Ceilings: {figures['flops'] / 1e12:.2f} TFLOP/s in float32, {tf32}, "
+        f"{figures['bandwidth'] / 1e9:.0f} GB/s."
+    )
+
+
+def _why(figures: dict[str, Any]) -> str:
+    return f"{figures['status']}; {figures.get('error', '')}".split("\n")[0][:300]
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -116,7 +210,8 @@ def _line(name: str, results: dict[str, Any]) -> str:
 
 def _ratio(row: dict[str, Any], kind: str) -> str:
     """With its target, where targets are for such a run."""
-    target = "" if row["met"] is None else f" ({row[f'{kind}_target']:g})"
+    unknown = row["met"] is None or f"{kind}_target" not in row
+    target = "" if unknown else f" ({row[f'{kind}_target']:g})"
     return f"{row[f'{kind}_ratio']:.1f}{target}"
 
 
@@ -136,7 +231,7 @@ def _stored(row: dict[str, Any] | None) -> list[str]:
 def _missing(sections: dict[str, Any]) -> list[str]:
     """What was not measured, and why."""
     found = [
-        f"- {name}: {figures['status']}; {figures.get('error', '')}".split("\n")[0]
+        f"- {name}: {_why(figures)}"
         for name, figures in sections.items()
         if figures["status"] != "ok"
     ]
@@ -146,6 +241,8 @@ def _missing(sections: dict[str, Any]) -> list[str]:
 def _equivalence(figures: dict[str, Any]) -> str:
     """One sentence on what was checked."""
     checks = {name: part for name, part in figures.items() if name in WORKLOADS}
+    if not checks and "bits" not in figures:
+        return "Equivalence: not checked."
     passed = [name for name, part in checks.items() if part["passed"]]
     bits = figures.get("bits", {})
     verdicts = [
@@ -161,4 +258,6 @@ def _equivalence(figures: dict[str, Any]) -> str:
 def _verdict(found: dict[str, Any] | None) -> str:
     if found is None:
         return "not checked"
-    return "passed" if found["passed"] else f"FAILED ({', '.join(found['differ'])})"
+    if found["passed"]:
+        return "passed"
+    return f"FAILED ({', '.join(found['differ']) or 'no model became NaN'})"

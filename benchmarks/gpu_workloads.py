@@ -167,18 +167,19 @@ def stored(size: str) -> list[Model]:
     return models
 
 
+#: In the order in which they are measured: what is to be known first comes first.
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        Workload("cells", "32 random NAS-Bench-201 networks, all different", _cells, 8, 2, 32),
         Workload("cnn", "32 CNNs of two convolutions, of different learning rates", _cnns, 15, 5,
                  32),
-        Workload("narrow", "256 ResNet-18 of an eighth of the width", _narrow_resnets, 12, 1.5, 8),
+        Workload("heads", "32 heads over one frozen ResNet-18", _heads, 8, 6, 8, trunk="trunk"),
         Workload("encoders", "16 transformer encoders of mixed depth and width", _encoders, 6, 2.5,
                  16, images=False),
         Workload("wide", "4 ResNet-18 of full width", _wide_resnets, 1, 1, 4),
         Workload("mix", "4 ResNet-18 of full width and 8 small networks", _mixed, 1, 1.15, 12),
-        Workload("heads", "32 heads over one frozen ResNet-18", _heads, 8, 6, 8, trunk="trunk"),
+        Workload("narrow", "256 ResNet-18 of an eighth of the width", _narrow_resnets, 12, 1.5, 8),
+        Workload("cells", "32 random NAS-Bench-201 networks, all different", _cells, 8, 2, 8),
     )
 }  # fmt: skip
 

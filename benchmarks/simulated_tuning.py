@@ -84,10 +84,12 @@ class Device:
     Args:
         profile: What the device can do.
         searching: cuDNN times its kernels, and takes the best.
+        found: Shapes that it did that for, which it keeps to.
     """
 
     profile: DeviceProfile
     searching: bool = False
+    found: set[Any] = field(default_factory=set)
 
     def seconds(
         self, name: str, moved: float, flops: float, call: Sequence[Any], outputs: int
@@ -113,12 +115,16 @@ class Device:
         strided = max(call[4] if backward else call[3]) > 1
         last = x.is_contiguous(memory_format=torch.channels_last) and x.shape[1] > 1
         pixel, channels = set(weight.shape[2:]) == {1}, weight.shape[1]
+        shape = (name, x.shape, weight.shape, groups, last)
+        if self.searching:
+            self.found.add(shape)
+        searched = shape in self.found
         if groups == 1:
             floor, over = (9e-6, 5.0) if pixel else (15e-6, 7.0 if channels >= 64 else 17.0)
-            over *= (0.6 if last and not pixel else 1.0) * (0.6 if self.searching else 1.0)
+            over *= (0.6 if last and not pixel else 1.0) * (0.6 if searched else 1.0)
             return max(kernels * floor, over * least)
         if pixel:
-            over = (20.0, 3.0)[self.searching] if last else (36.0, 4.0)[self.searching]
+            over = (20.0, 3.0)[searched] if last else (36.0, 4.0)[searched]
         elif strided or channels < 8:
             over = 14.0 if last else 10.0
         else:

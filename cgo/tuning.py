@@ -50,6 +50,10 @@ class Tuning:
             each model, as in a plain loop after `torch.manual_seed(seed)`; or "keyed", streams that
             are functions of model, operator, step and element alone, drawn for all models by one
             kernel (docs/random.md). None: keyed on a GPU, generators on a CPU.
+        search: Whether cuDNN may time its kernels for convolutions before the first step, half a
+            second each. None: on a GPU, where the planned steps are expected to repay it, unless
+            torch is set to deterministic algorithms. What is found may differ from run to run, and
+            bits with it: False keeps the same search to the same bits.
         tf32: Whether CUDA may compute float32 products and convolutions in TF32, with a mantissa
             of 10 bits, while the trial trains. None: as torch is set, which is convolutions only.
         memory_bytes: Of each device, for what training takes on top of parameters and buffers:
@@ -84,6 +88,7 @@ class Tuning:
     capture: bool | None = None
     kernels: bool | None = None
     streams: Literal["generator", "keyed"] | None = None
+    search: bool | None = None
     tf32: bool | None = None
     memory_bytes: int | None = None
     store_stems: bool | None = None

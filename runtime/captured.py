@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +53,8 @@ class _Training(_Step):
     losses: Tensor  # of the last replay, one for each model
     sums: Tensor  # of the losses times samples since they were last taken, float64
     gradients: list[tuple[Tensor, Tensor]]  # of the last replay, of leaves and parameters
-    signature: list[Any]  # of the optimizer step
+    signature: tuple[int, ...]  # of the optimizer step
+    apart: list[ModelId]  # whose own optimizers step beside it
     waiting: list[Bound]  # programs that may take another form
     over: bool = False  # as one of them is to take it
     samples: int = 0  # that the sums are of
@@ -129,10 +129,11 @@ class CapturedLanes:
         updates = self.lanes.updates
         assert updates is not None
         failures = updates.finish()
-        rest = [model for model in models if not updates.covers(model)]
-        if rest:
+        apart = self._training["train", size, tuple(models)].apart
+        if apart:
             self.hand_out(models, size)
-        return failures | self.lanes.step_alone(rest)
+            failures |= self.lanes.step_alone(apart)
+        return failures
 
     def losses(self, models: Sequence[ModelId], size: int) -> dict[ModelId, Tensor]:
         """Of the last replayed training step."""
@@ -206,7 +207,8 @@ class CapturedLanes:
         batch = {name: leaf.clone() for name, leaf in leaves.items()}
         sums = torch.zeros(len(models), dtype=torch.float64, device=self.lanes.device)
         learning: list[Tensor] = []
-        kept = self._gradients or not all(map(updates.covers, models))
+        apart = [model for model in models if not updates.covers(model)]
+        kept = self._gradients or bool(apart)
 
         def body() -> list[Tensor]:
             losses = self.lanes.whole_step(bounds, batch)
@@ -225,7 +227,8 @@ class CapturedLanes:
         losses, *gradients = captured.results
         pairs = list(zip(learning, gradients))
         waiting = [bound for bound in bounds if bound.waiting]
-        step = _Training(captured, batch, losses, sums, pairs, updates.signature, waiting)
+        signature = updates.signature
+        step = _Training(captured, batch, losses, sums, pairs, signature, apart, waiting)
         self._training[key] = step
         return step
 

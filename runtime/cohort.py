@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from cgo.graph_data import GraphData
 from cgo.runtime.data import DataSets, Leaves, Loader, open_data, target_of
 from cgo.runtime.device_lanes import DeviceLanes, Observer
 from cgo.runtime.member import Member
-from cgo.runtime.meters import EvaluationMeter
+from cgo.runtime.meters import EvaluationMeter, fetched
 from cgo.runtime.stems import StemStore, plan_stems
 from cgo.runtime.tuning import Tuner
 from cgo.user_code import contained, told
@@ -245,15 +245,33 @@ class Cohort:
         return self._values(meters)
 
     def _values(self, meters: Mapping[ModelId, EvaluationMeter]) -> dict[ModelId, dict[str, float]]:
-        rows = {}
-        for id_, meter in meters.items():
+        """The rows of running models, whose training losses are read as well: one transfer."""
+        held: dict[tuple[ModelId, str], list[Tensor]] = {}
+        rows: dict[ModelId, dict[str, float]] = {}
+
+        def hold(id_: ModelId) -> None:
+            held[id_, "train"] = self.members[id_].train_loss.held()
+            held[id_, "validation"] = meters[id_].held()
+
+        def read(id_: ModelId) -> None:
+            self.members[id_].train_loss.settle(found[id_, "train"])
+            meters[id_].settle(found[id_, "validation"])
+            rows[id_] = meters[id_].values()
+
+        self._contained(meters, hold)
+        found = fetched(held)
+        self._contained(meters, read)
+        return rows
+
+    def _contained(self, models: Iterable[ModelId], action: Callable[[ModelId], None]) -> None:
+        """Do what may call user code for each running model; those for which it raises fail."""
+        for id_ in models:
             if self.members[id_].running:
                 try:
                     with contained:
-                        rows[id_] = meter.values()
+                        action(id_)
                 except Exception as error:
                     self._fail(self.members[id_], error)
-        return rows
 
     def sync(self) -> None:
         """Bring each model's own optimizer up to date, for a checkpoint."""

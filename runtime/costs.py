@@ -571,7 +571,7 @@ def timed_captured(
         except TapeError:  # what was recorded has stopped midway
             form = once
         form(*values)  # chooses kernels
-    return captured_seconds(accelerator, form, values)
+    return captured_seconds(accelerator, form, values, short=True)
 
 
 def _replayed(function: Callable[..., Sequence[Tensor]], values: Sequence[Tensor]) -> Replay:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from cgo.private import many_tensors
 from cgo.runtime.accelerator import Accelerator
 from cgo.runtime.optimizers import Updater
 from cgo.runtime.packing import rehome
+from cgo.runtime.rows import RowSteps
 from cgo.runtime.scaling import Scaling
 from cgo.runtime.steps import Kind, Number, Part
 
@@ -105,10 +106,15 @@ class Flat:
         with torch.no_grad():
             self.values = self._layout.joined(parameters)
             self.moments = {name: self._moment(name) for name in kind.moments}
-        self.steps = [self._steps_of(updater) for updater in self.updaters]
+        self._taken = 0  # steps since these:
+        self._begun = [self._steps_of(updater) for updater in self.updaters]
         self.gradient: Tensor  # within a step that goes over flat tensors
         self._order = torch.tensor(self._positions, device=self.values.device)
-        self.groups: list[dict[str, Any]] = []
+        self.groups = self._read_groups()
+        self._position = position
+        self._stale = True  # what is derived from hyper-parameters
+        self._alike: bool | None = None  # whether all models agree; None: not known
+        self.baked = 0  # another one when what a captured `apply` has as Python's numbers changes
         self._elements: Tensor | None = None  # of each element, its model's position
         self.numbers: dict[str, Number] = {}  # that the rule reads
         self._vectors: dict[str, tuple[tuple[float, ...], Tensor]] = {}
@@ -119,10 +125,15 @@ class Flat:
             count = torch.tensor(self.steps, dtype=torch.float32, device=self.values.device)
         self.counts = count  # of steps, on the device; of each model
         self.rates = torch.zeros(len(self.models), device=self.values.device)
-        self._known_rates: list[float] | None = None
         self._copies = self._rehome()
         self._parts: dict[int | None, Part] = {}  # by the model's position; None: of all models
         self._split: list[list[Tensor]] | None = None  # values and moments by parameter, once
+        self._rows = self._make_rows()
+
+    @property
+    def steps(self) -> list[int]:
+        """How many each model has taken, by the host's count."""
+        return [begun + self._taken for begun in self._begun]
 
     # --- arrangement ------------------------------------------------------------------------------
 
@@ -161,14 +172,24 @@ class Flat:
                 rehome(piece.own, piece.leaf)
         return copies
 
+    def _make_rows(self) -> RowSteps | None:
+        """The step by rows, where it is taken so."""
+        device = self.values.device.type
+        if self._accelerator is not None or device != "cpu" or not self.kind.by_rows:
+            return None
+        shapes = [(len(piece.own), piece.own[0].numel()) for piece in self.pieces]
+        moment = self.moments.get("momentum_buffer")
+        return RowSteps(self.values, moment, shapes, self._positions, self.kind.flags)
+
     def sync(self) -> None:
         """Write the number of steps into the optimizers' own states."""
         if not self.kind.steps:
             return
         if self._accelerator is not None and self._by_kernels:
-            self.steps = [int(count) for count in self.counts.tolist()]
+            self._taken, self._begun = 0, [int(count) for count in self.counts.tolist()]
+        steps = self.steps
         for index in range(len(self.parameters)):
-            count = self.steps[self._positions[index]]
+            count = steps[self._positions[index]]
             fused = self.updaters[self._positions[index]].optimizer.param_groups[0].get("fused")
             device = self.values.device if fused else None  # where torch.optim keeps it
             self._state(index)["step"] = torch.tensor(float(count), device=device)
@@ -180,22 +201,33 @@ class Flat:
         if self._scaling is not None and self._accelerator is None:
             without |= self._scaling.overflowed()
         self._without = without
-        self.groups = [updater.optimizer.param_groups[0] for updater in self.updaters]
-        self.steps = [n + (m not in without) for n, m in zip(self.steps, self.models)]
+        self._taken += 1
+        for model in without:
+            if (position := self._position.get(model)) is not None:
+                self._begun[position] -= 1
+                self._alike = None
         if self._by_kernels:
-            self._upload_rates()
-            return
-        counts = [max(1, count) for count in self.steps]  # 0 where the first step is left out
-        found = self.kind.numbers(self.groups, counts, self.kind.flags)
-        self.numbers = {name: self._number(name, values) for name, values in found.items()}
+            if self._stale and self._accelerator is not None:
+                rates = [float(group["lr"]) for group in self.groups]
+                self._accelerator.upload(rates, self.rates)
+        elif self._stale or self.kind.steps:
+            counts = [max(1, count) for count in self.steps]  # 0 where the first step is left out
+            found = self.kind.numbers(self.groups, counts, self.kind.flags)
+            self.numbers = {name: self._number(name, values) for name, values in found.items()}
+        self._stale = False
 
-    def _upload_rates(self) -> None:
-        if self._accelerator is None:
-            return
-        rates = [float(group["lr"]) for group in self.groups]
-        if rates != self._known_rates:
-            self._known_rates = rates
-            self._accelerator.upload(rates, self.rates)
+    def uncount(self) -> None:
+        """Take the last step's count back."""
+        self._taken -= 1
+
+    def read(self, changed: Collection[ModelId]) -> None:
+        """Read hyper-parameters again; `changed` are the models of which more than rates have."""
+        self.groups, self._stale, self._alike = self._read_groups(), True, None
+        if self._by_kernels and not self._position.keys().isdisjoint(changed):
+            self.baked += 1
+
+    def _read_groups(self) -> list[dict[str, Any]]:
+        return [updater.optimizer.param_groups[0] for updater in self.updaters]
 
     @property
     def _by_kernels(self) -> bool:
@@ -204,19 +236,13 @@ class Flat:
             return self.kind.on_device
         return self.kind.fused is not None and self.values.device.type == "cpu"
 
-    @property
-    def baked(self) -> list[Any]:
-        """The hyper-parameters that a captured `apply` has as numbers of Python's."""
-        if not self._by_kernels:
-            return []
-        groups = [updater.optimizer.param_groups[0] for updater in self.updaters]
-        skipped = ("params", "lr", "initial_lr")
-        return [[v for key, v in group.items() if key not in skipped] for group in groups]
-
     def apply(self) -> None:
         """Clip and update all models but some."""
         gradients = self._clipped([piece.gradient() for piece in self.pieces])
-        if self._by_kernels:
+        if self._rows is not None:
+            out = frozenset(i for i, model in enumerate(self.models) if model in self._without)
+            self._rows(gradients, self.groups, out)
+        elif self._by_kernels:
             self._kernel_step(gradients, self._without)
         else:
             self._flat_step(gradients, self._without)
@@ -268,11 +294,13 @@ class Flat:
 
     def _agree(self) -> bool:
         """Whether all models' hyper-parameters and counts of steps are equal."""
-        first, count = self.groups[0], self.steps[0]
-        keys = [key for key in first if key not in ("params", "initial_lr")]
-        return all(steps == count for steps in self.steps) and all(
-            group.get(key) == first[key] for group in self.groups[1:] for key in keys
-        )
+        if self._alike is None:
+            first, begun = self.groups[0], self._begun[0]
+            keys = [key for key in first if key not in ("params", "initial_lr")]
+            self._alike = all(count == begun for count in self._begun) and all(
+                group.get(key) == first[key] for group in self.groups[1:] for key in keys
+            )
+        return self._alike
 
     def _part(self, position: int | None, gradients: list[Tensor]) -> Part:
         part = self._parts.get(position)
@@ -280,7 +308,7 @@ class Flat:
             part = self._parts[position] = self._make_part(position)
         part.gradients, part.group = gradients, self.groups[position or 0]
         if self.kind.steps and self._accelerator is None:
-            part.count.fill_(self.steps[position or 0])
+            part.count.fill_(self._begun[position or 0] + self._taken)
         return part
 
     def _make_part(self, position: int | None) -> Part:

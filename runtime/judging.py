@@ -38,6 +38,8 @@ class Judged:
     targets: Tensor
     read_as: str  # "logits", "log-probabilities", "probabilities" or "scores"
     samples: int
+    wrong: Tensor  # no dimensions: whether targets have values that they must not have
+    refusal: SpecError  # what to raise then
     is_single: bool = False  # one label, given as one column of outputs
 
     @property
@@ -54,6 +56,11 @@ class Judged:
     def counted(self) -> Tensor:
         """(P,) or (P, L): the targets that count."""
         return self.targets != IGNORED
+
+    def check(self) -> None:
+        """Raise if targets have values that they must not have; waits for a GPU."""
+        if bool(self.wrong):
+            raise self.refusal
 
     def predicted(self) -> Tensor:
         """The class (P,), or the label (P, L); a probability of exactly one half is a no."""
@@ -88,8 +95,11 @@ def judge(row: Row, loss: Loss, output: Tensor, target: Tensor) -> Judged:
             (N, ..., C), (N * T, C) for targets (N, T), and labels with axes of one element more.
         target: (N, ...), classes, or labels of 0 and 1.
 
+    Returns:
+        With whether the targets' values are wrong, which is left to be checked.
+
     Raises:
-        SpecError: their shapes, or the targets' values, do not say which output is whose.
+        SpecError: their shapes do not say which output is whose.
     """
     if loss.kinds == ("labels",) or (loss is UNKNOWN_LOSS and _is_alike(output, target)):
         return _labels(row, loss, output, target)
@@ -117,12 +127,11 @@ def _classes(row: Row, loss: Loss, output: Tensor, target: Tensor) -> Judged:
             "'binary_cross_entropy_with_logits'",
         )  # fmt: skip
     flat = target.reshape(-1).long()
-    counted = flat[flat != IGNORED]
-    if bool(((counted < 0) | (counted >= classes)).any()):
-        reason = f"targets lie outside the {classes} classes (only {IGNORED} is left out)"
-        raise _refused(row, output, target, reason)
+    wrong = ((flat != IGNORED) & ((flat < 0) | (flat >= classes))).any()
+    reason = f"targets lie outside the {classes} classes (only {IGNORED} is left out)"
+    refusal = _refused(row, output, target, reason)
     outputs = output.movedim(axis, -1).reshape(-1, classes)
-    return Judged(outputs, flat, loss.outputs, target.shape[0])
+    return Judged(outputs, flat, loss.outputs, target.shape[0], wrong, refusal)
 
 
 def _class_axis(row: Row, loss: Loss, output: Tensor, target: Tensor) -> int:
@@ -151,12 +160,12 @@ def _labels(row: Row, loss: Loss, output: Tensor, target: Tensor) -> Judged:
     yes_or_no = (values == 0) | (values == 1)
     if loss is UNKNOWN_LOSS:
         yes_or_no |= values == IGNORED
-    if not bool(yes_or_no.all()):
-        raise _refused(row, output, target, "targets of labels are 0 or 1")
+    refusal = _refused(row, output, target, "targets of labels are 0 or 1")
     _check_labels(row, output, target, outputs.shape[1])
     is_single = outputs.shape[1] == 1
     targets = values.long()[:, 0] if is_single else values.long()
-    return Judged(outputs, targets, loss.outputs, target.shape[0], is_single)
+    wrong = ~yes_or_no.all()
+    return Judged(outputs, targets, loss.outputs, target.shape[0], wrong, refusal, is_single)
 
 
 def _check_labels(row: Row, output: Tensor, target: Tensor, labels: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -42,6 +42,18 @@ class Measure(ABC):
     def compute(self) -> float:
         """The value over all batches; NaN where it has none, as where no target counted."""
 
+    def held(self) -> list[Tensor]:
+        """What the value follows from, where that is little; on the device, without waiting.
+
+        Raises:
+            Exception: as `compute`.
+        """
+        return []
+
+    def settle(self, values: Sequence[Tensor]) -> None:
+        """Go on with copies of what is `held`, on the host, so that `compute` waits for nothing."""
+        assert not values, type(self).__name__
+
 
 def build_metric(name: str, loss: str, device: torch.device) -> Measure:
     """A fresh measure for a metric of a model that is trained with a loss.
@@ -70,12 +82,22 @@ class _Given(Measure):
 
     def __init__(self, name: str, metric: Metric) -> None:
         self._name, self._metric = name, metric
+        self._value: Any = None
 
     def update(self, output: Tensor, target: Tensor) -> None:
         self._metric.update(output, target)
 
+    def held(self) -> list[Tensor]:
+        self._value = self._metric.compute()
+        one = isinstance(self._value, Tensor) and self._value.numel() == 1
+        return [self._value] if one else []
+
+    def settle(self, values: Sequence[Tensor]) -> None:
+        for value in values:
+            self._value = value
+
     def compute(self) -> float:
-        value = self._metric.compute()
+        value = self._metric.compute() if self._value is None else self._value
         if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1):
             return float(value)
         what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -97,6 +119,7 @@ class _Positions(Measure):
 
     def update(self, output: Tensor, target: Tensor) -> None:
         judged = judge(self._row, self._loss, output, target)
+        self._check(judged)
         if self._columns is None:
             check_one_hot(self._row, self._loss, judged)
             self._columns = judged.columns
@@ -106,6 +129,9 @@ class _Positions(Measure):
                 "classes or labels; they must all have the same"
             )
         self._add(judged)
+
+    def _check(self, judged: Judged) -> None:
+        judged.check()
 
     @abstractmethod
     def _add(self, judged: Judged) -> None: ...
@@ -122,16 +148,6 @@ class Counts:
     agreed: Tensor  # right ones of them
     has_classes: bool
 
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(
-            right=self.right + other.right,
-            said=self.said + other.said,
-            true=self.true + other.true,
-            counted=self.counted + other.counted,
-            agreed=self.agreed + other.agreed,
-            has_classes=self.has_classes,
-        )
-
 
 def count(judged: Judged) -> Counts:
     """The counts of a batch."""
@@ -141,31 +157,76 @@ def count(judged: Judged) -> Counts:
         agreed = (predicted == targets) & counted
         parts = [part.sum(0) for part in (yes & true, yes, true, counted, agreed)]
         return Counts(parts[0], parts[1], parts[2], parts[3], parts[4], has_classes=False)
-    predicted, targets = predicted[counted], targets[counted]
-    right = targets[predicted == targets]
-    right, said, true = (
-        torch.bincount(v, minlength=judged.columns) for v in (right, predicted, targets)
-    )
-    counted, agreed = (v.sum().expand(judged.columns) for v in (true, right))
+    # Those that do not count, and wrong ones, have a place of their own; nothing waits for a GPU.
+    size = judged.columns
+    counted = counted & (targets >= 0) & (targets < size)
+    right = counted & (predicted == targets)
+    places = [
+        torch.where(which, classes, size)
+        for which, classes in ((right, targets), (counted, predicted), (counted, targets))
+    ]
+    found = torch.zeros(3, size + 1, dtype=torch.int64, device=targets.device)
+    found.scatter_add_(1, torch.stack(places), torch.ones_like(targets).expand(3, -1))
+    right, said, true = found[:, :size].unbind(0)
+    counted, agreed = (v.sum().expand(size) for v in (true, right))
     return Counts(right, said, true, counted, agreed, has_classes=True)
 
 
-class _Counts(_Positions):
+class _Sums(_Positions):
+    """What follows from sums over positions; nothing waits for a GPU until they are settled."""
+
+    def __init__(self, row: Row, loss: Loss) -> None:
+        super().__init__(row, loss)
+        self._sums: list[Tensor] = []
+        self._wrong: Tensor | None = None  # whether any targets had wrong values
+        self._refusal: SpecError | None = None  # what to raise then
+
+    def _check(self, judged: Judged) -> None:
+        self._wrong = judged.wrong if self._wrong is None else self._wrong | judged.wrong
+        self._refusal = self._refusal or judged.refusal
+
+    def _add(self, judged: Judged) -> None:
+        found = self._of(judged)
+        self._sums = [a + b for a, b in zip(self._sums, found)] if self._sums else found
+
+    def held(self) -> list[Tensor]:
+        return self._sums if self._wrong is None else [self._wrong, *self._sums]
+
+    def settle(self, values: Sequence[Tensor]) -> None:
+        if values:
+            self._wrong, *self._sums = values
+
+    def compute(self) -> float:
+        if self._refusal is not None and bool(self._wrong):
+            raise self._refusal
+        return self._whole(self._sums) if self._sums else _NAN
+
+    @abstractmethod
+    def _of(self, judged: Judged) -> list[Tensor]:
+        """The sums of a batch; targets with wrong values may count as anything."""
+
+    @abstractmethod
+    def _whole(self, sums: list[Tensor]) -> float: ...
+
+
+class _Counts(_Sums):
     """What follows from counts."""
 
     def __init__(self, row: Row, loss: Loss, value: Callable[[Counts], Tensor]) -> None:
         super().__init__(row, loss)
         self._value = value
-        self._total: Counts | None = None
+        self._has_classes = False
 
-    def _add(self, judged: Judged) -> None:
+    def _of(self, judged: Judged) -> list[Tensor]:
+        self._has_classes = judged.has_classes
         found = count(judged)
-        self._total = found if self._total is None else self._total + found
+        return [found.right, found.said, found.true, found.counted, found.agreed]
 
-    def compute(self) -> float:
-        total = self._total
-        if total is None or not bool((total.counted > 0).any()):
+    def _whole(self, sums: list[Tensor]) -> float:
+        right, said, true, counted, agreed = sums
+        if not bool((counted > 0).any()):
             return _NAN
+        total = Counts(right, said, true, counted, agreed, self._has_classes)
         return float(self._value(total))
 
 
@@ -234,24 +295,19 @@ _COUNTED: Mapping[str, Callable[[Counts], Tensor]] = {
 }
 
 
-class _ExactMatch(_Positions):
+class _ExactMatch(_Sums):
     """Samples without a wrong target, among those with any that counts."""
 
-    def __init__(self, row: Row, loss: Loss) -> None:
-        super().__init__(row, loss)
-        self._right: Tensor | int = 0
-        self._samples: Tensor | int = 0
-
-    def _add(self, judged: Judged) -> None:
+    def _of(self, judged: Judged) -> list[Tensor]:
         counted = judged.counted
         wrong = (judged.predicted() != judged.targets) & counted
         if judged.samples:
             wrong, counted = (v.reshape(judged.samples, -1).any(1) for v in (wrong, counted))
-        self._right = self._right + (counted & ~wrong).sum()
-        self._samples = self._samples + counted.sum()
+        return [(counted & ~wrong).sum(), counted.sum()]
 
-    def compute(self) -> float:
-        return float(self._right) / int(self._samples) if int(self._samples) else _NAN
+    def _whole(self, sums: list[Tensor]) -> float:
+        right, samples = sums
+        return float(right) / int(samples) if int(samples) else _NAN
 
 
 class _Scores(_Positions):
@@ -352,6 +408,7 @@ class _Numbers(Measure):
     def __init__(self, row: Row, loss: Loss, make: Callable[[int], Accumulator]) -> None:
         self._row, self._loss, self._make = row, loss, make
         self._metric: Accumulator | None = None
+        self._value: Tensor | None = None
 
     def update(self, output: Tensor, target: Tensor) -> None:
         if target.numel() == 0:
@@ -369,9 +426,19 @@ class _Numbers(Measure):
             metric = metric.set_dtype(torch.float64).to(outputs.device)
         return metric
 
-    def compute(self) -> float:
+    def held(self) -> list[Tensor]:
         if self._metric is None:
-            return _NAN
+            return []
         with warnings.catch_warnings():  # of what does not vary
             warnings.simplefilter("ignore")
-            return float(cast("Tensor", self._metric.compute()).mean())
+            self._value = cast("Tensor", self._metric.compute()).mean()
+        return [self._value]
+
+    def settle(self, values: Sequence[Tensor]) -> None:
+        for value in values:
+            self._value = value
+
+    def compute(self) -> float:
+        if self._value is None:
+            self.held()
+        return _NAN if self._value is None else float(self._value)

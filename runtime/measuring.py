@@ -8,6 +8,7 @@ do and by how far estimates were off where both are known.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import time
@@ -34,6 +35,7 @@ from cgo.runtime.estimates import (
 )
 from cgo.runtime.forms import Form, forms_of
 from cgo.runtime.layouts import IMAGES
+from cgo.runtime.searching import FOUND, SEARCHED, candidate, searching, worth_searching
 from cgo.runtime.triton_kernels import usable
 from cgo.tuning import CHANNELS, LANES, STACKED
 
@@ -92,6 +94,7 @@ class Measuring:
         budget: For measuring.
         steps: Planned; they have to repay a measurement.
         offered: Whether a form is there, on this device.
+        search: Whether cuDNN may be asked to time its kernels.
     """
 
     table: CostTable
@@ -100,6 +103,8 @@ class Measuring:
     budget: Budget
     steps: int
     offered: Callable[[Form], bool] = by_itself
+    search: bool = False
+    searched: set[str] = field(default_factory=set)  # groups by name
     _off: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     @property
@@ -109,10 +114,24 @@ class Measuring:
     def options(self, groups: Groups, timers: Sequence[Timer]) -> list[Options]:
         """The options of each group, for each timer: one a format of images in memory."""
         found: list[Options] = [{} for _ in timers]
+        self.searched = self._searches(groups, timers)
         for name in self.order(groups, timers[0].types):
             for timer, options in zip(timers, found):
                 options[name] = self.of_group(groups[name], timer)
         return found
+
+    def _searches(self, groups: Groups, timers: Sequence[Timer]) -> set[str]:
+        """Groups for which cuDNN is to time its kernels; half of the budget may go there."""
+        if not self.search:
+            return set()
+        types, shapes = timers[0].types, len(timers)
+        candidates = [
+            found
+            for name, nodes in groups.items()
+            if (found := candidate(name, nodes, types, self.profile, shapes=shapes)) is not None
+        ]
+        budget_s = (self.budget.seconds - self.budget.spent) / 2
+        return set(worth_searching(candidates, self.profile, self.steps, budget_s))
 
     def order(self, groups: Groups, types: Types) -> list[str]:
         """Names of groups; what is measured first is first."""
@@ -199,6 +218,13 @@ class Measuring:
         price = self.profile.measure_s + _RUNS * one_by_one
         return self.steps * one_by_one > price
 
+    def found_s(self, nodes: Sequence[Node], option: Option, timer: Timer) -> float | None:
+        """Seconds of a group with the kernels that cuDNN once found; None where it never was."""
+        shared = [len(set(column)) == 1 for column in zip(*map(inputs_of, nodes))]
+        key = f"{option.form}/{option.layout}" + "/last" * timer.marked_last + FOUND
+        known = self.table.get(timer.signature(nodes, shared), key, option.width)
+        return None if known is None else known * len(nodes) / option.width
+
     def note(self, key: str, measured: float, estimated: float) -> None:
         """Remember how far an estimate was off."""
         if math.isfinite(measured) and estimated > 0:
@@ -263,13 +289,17 @@ class _Cost:
         key = "+".join([f"{way.form}/{way.layout}", *(n[0].op for n in behind)])
         if self.timer.marked_last and self._images:
             key += "/last"
+        search = way.form == SEARCHED and self.nodes[0].group in of.searched
+        if search:
+            key, measured = key + FOUND, width  # what is found holds for this very shape
         known = of.table.get(self.signature, key, measured)
         if known is None and self._may and not self._is_near(key, measured):
             members = self.nodes[:measured]
             rest = [[nodes[:measured] for nodes in behind]] if behind else []
             if way.form in self._forms and self._forms[way.form].offered is usable:
                 self.timer.prepare(members, way, *rest)  # is no part of the budget
-            known = of.budget.spend(lambda: self.timer.seconds(members, way, *rest))
+            with searching() if search else contextlib.nullcontext():
+                known = of.budget.spend(lambda: self.timer.seconds(members, way, *rest))
             of.table.put(self.signature, key, measured, known)
         if known is not None:
             of.note(self._kind(key), known, self._least(way, measured))

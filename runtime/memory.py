@@ -32,7 +32,8 @@ from cgo.runtime.choice import LOOP, Choice, rules_for
 from cgo.runtime.gradients import Place, learning_places
 from cgo.runtime.lower import lower
 from cgo.runtime.packing import Pack, plan_packs
-from cgo.runtime.rehearsal import Held, rehearse_program, rehearse_update
+from cgo.runtime.rehearsal import Held, rehearse_program
+from cgo.runtime.update_memory import update_held
 
 _CPU = torch.device("cpu")
 
@@ -118,7 +119,7 @@ def estimate(
     found = _programs(chosen, program, state, device_type, {} if cache is None else cache)
     computing = _in_turn([known.held for known in found])
     specs = {model: trainings[model] for model in models}
-    updating = rehearse_update(state.types, state.learning, state.packs, specs, device_type)
+    updating = update_held(state.types, state.learning, state.packs, specs, device_type)
     return Estimate(
         parameters=_owned(part, "cgo.parameter"),
         buffers=_owned(part, "cgo.buffer") + _constants(part) + sum(k.copied for k in found),

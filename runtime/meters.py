@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from cgo.model import TrainingSpec, metric_label
 from cgo.runtime.measures import Measure, build_metric
 
+_Key = TypeVar("_Key")
+
 #: Losses kept before they are folded into the sum; bounds memory, costs no synchronisation.
 _FOLD = 256
+
+
+@lru_cache(maxsize=64)
+def _weights(samples: tuple[int, ...], device: torch.device) -> Tensor:
+    """Samples of batches as numbers, which all models of a loader share: each copy is a wait."""
+    return torch.tensor(samples, dtype=torch.float64, device=device)
 
 
 class LossMeter:
@@ -33,8 +45,18 @@ class LossMeter:
         self._sum = total if self._sum is None else self._sum + total
         self._count += samples
 
+    def held(self) -> list[Tensor]:
+        """What the mean follows from, on the device."""
+        self._fold()
+        return [] if self._sum is None else [self._sum]
+
+    def settle(self, values: Sequence[Tensor]) -> None:
+        """Go on with copies of what is `held`, on the host."""
+        for value in values:
+            self._sum = value
+
     def mean(self) -> float:
-        """The mean; synchronises with the device."""
+        """The mean; waits for the device, unless it was settled."""
         self._fold()
         return float("nan") if self._sum is None else float(self._sum) / self._count
 
@@ -42,8 +64,7 @@ class LossMeter:
         if not self._losses:
             return
         losses = torch.stack([loss.reshape(()) for loss in self._losses]).double()
-        samples = torch.tensor(self._samples, dtype=torch.float64, device=losses.device)
-        folded = (losses * samples).sum()
+        folded = (losses * _weights(tuple(self._samples), losses.device)).sum()
         self._sum = folded if self._sum is None else self._sum + folded
         self._count += sum(self._samples)
         self._losses, self._samples = [], []
@@ -63,6 +84,7 @@ class EvaluationMeter:
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._loss = LossMeter()
         self._metrics: dict[str, Measure] = {}
+        self._parts: list[int] = []  # how many tensors each holds
 
     def add(self, loss: Tensor, prediction: Tensor | None, target: Tensor, samples: int) -> None:
         """Count one batch."""
@@ -93,6 +115,26 @@ class EvaluationMeter:
                 self._metrics[name] = build_metric(name, self._training.loss, prediction.device)
             self._metrics[name].update(prediction, target)
 
+    def held(self) -> list[Tensor]:
+        """What the values follow from, on the device, as far as that is little.
+
+        Raises:
+            Exception: what a metric raised.
+        """
+        self._count()
+        parts = [metric.held() for metric in self._metrics.values()]
+        self._parts = [len(part) for part in parts]
+        return [*self._loss.held(), *(value for part in parts for value in part)]
+
+    def settle(self, values: Sequence[Tensor]) -> None:
+        """Go on with copies of what is `held`, on the host."""
+        rest = list(values)
+        own = len(rest) - sum(self._parts)
+        self._loss.settle(rest[:own])
+        for metric, size in zip(self._metrics.values(), self._parts):
+            metric.settle(rest[own : own + size])
+            own += size
+
     def values(self) -> dict[str, float]:
         """`val_loss` and `val_<metric>`."""
         self._count()
@@ -105,3 +147,26 @@ class EvaluationMeter:
 def _joinable(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> bool:
     """Whether two batches differ in their number of samples alone."""
     return all(a.ndim and a.shape[1:] == b.shape[1:] for a, b in zip(before, after))
+
+
+def fetched(wanted: Mapping[_Key, Sequence[Tensor]]) -> dict[_Key, list[Tensor]]:
+    """Tensors on the host, all of a device by one transfer.
+
+    Args:
+        wanted: Small tensors of any types, each key's on any devices.
+    """
+    flat = [tensor for tensors in wanted.values() for tensor in tensors]
+    found = {index: tensor for index, tensor in enumerate(flat) if tensor.device.type == "cpu"}
+    for device in {tensor.device for tensor in flat if tensor.device.type != "cpu"}:
+        here = {index: tensor for index, tensor in enumerate(flat) if tensor.device == device}
+        found |= zip(here, _moved(list(here.values())))
+    rest = iter([found[index] for index in range(len(flat))])
+    return {key: [next(rest) for _ in tensors] for key, tensors in wanted.items()}
+
+
+def _moved(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies on the host, by their bytes."""
+    rows = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in tensors]
+    parts = torch.cat(rows).cpu().split([len(row) for row in rows])
+    pairs = zip(parts, tensors)  # cloned, so that numbers begin where the host can read them
+    return [part.clone().view(like.dtype).reshape(like.shape) for part, like in pairs]

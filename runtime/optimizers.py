@@ -24,6 +24,7 @@ class Updater:
     def __init__(self, training: TrainingSpec, parameters: Sequence[Tensor]) -> None:
         """Raises `ModelError` when the optimizer or scheduler refuses what it is given."""
         self.training = training
+        self.moves = 0  # how often the scheduler may have changed hyper-parameters
         self.parameters = list(parameters)
         _check_dtypes(training, self.parameters)
         try:
@@ -111,6 +112,7 @@ class Updater:
     def _schedule(self) -> None:
         if self.scheduler is None:
             return
+        self.moves += 1
         with contained:
             self.scheduler.step()
         if not _is_number(rate := self.optimizer.param_groups[0]["lr"]):

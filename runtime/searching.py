@@ -13,17 +13,24 @@ What is found may differ from run to run, and its bits with it, so `Tuning.searc
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from cgo.graph import Node, inputs_of
 from cgo.runtime.device_profile import DeviceProfile
+from cgo.runtime.emitter import Types
+from cgo.runtime.estimates import is_convolution, work_of
 
-#: Times the least time of a convolution that the kernels which were found took (H200: 3 to 7), and
-#: the most that searching gained there.
-_REACHED = 4.0
-_MOST_GAIN = 9.0
+#: The form that searching is for, and what marks its cost with the kernels that were found.
+SEARCHED = "grouped convolution"
+FOUND = "/found"
+
+#: Times the least time of grouped 1x1 convolutions that the kernels which were found took, and
+#: single ones without a search; seconds of each of their three kernels at least (H200).
+_FOUND, _ALONE = 4.0, 3.5
+_ALONE_S = 9e-6
 
 
 @dataclass(frozen=True)
@@ -32,27 +39,58 @@ class Candidate:
 
     Args:
         name: Of the group.
-        seconds: Of a step, by the kernel of cuDNN's first guess.
-        least_s: What moving its values and computing takes at least.
-        shapes: Of convolutions that differ: a group's last part may be narrower.
-        known_s: With the kernels that were found, where they were searched for before.
+        seconds: Of a step, as it is executed without.
+        found_s: With the kernels that are found: known, or expected.
+        shapes: Of convolutions that differ: one a format of images in memory.
     """
 
     name: str
     seconds: float
-    least_s: float
+    found_s: float
     shapes: int = 1
-    known_s: float | None = None
 
     @property
     def gain_s(self) -> float:
         """Seconds of a step that are to be expected of it."""
-        expected = max(_REACHED * self.least_s, self.seconds / _MOST_GAIN)
-        return max(0.0, self.seconds - (expected if self.known_s is None else self.known_s))
+        return max(0.0, self.seconds - self.found_s)
+
+
+def candidate(
+    name: str,
+    nodes: Sequence[Node],
+    types: Types,
+    profile: DeviceProfile,
+    *,
+    shapes: int,
+    found_s: float | None = None,
+) -> Candidate | None:
+    """A group of 1x1 convolutions as a candidate; of other kernels first guesses are good.
+
+    Args:
+        name: Of the group.
+        nodes: Its members.
+        types: Of all references.
+        profile: What the device can do.
+        shapes: Convolutions that differ, each to be searched for.
+        found_s: Seconds with the kernels that an earlier search found.
+    """
+    if not is_pixelwise(nodes[0], types):
+        return None
+    work = work_of(nodes[0], types)
+    alone = len(nodes) * max(_ALONE * work.seconds(1, profile, fused=True), 3 * _ALONE_S)
+    expected = _FOUND * work.seconds(len(nodes), profile, fused=True)
+    return Candidate(name, alone, expected if found_s is None else found_s, shapes)
+
+
+def is_pixelwise(node: Node, types: Types) -> bool:
+    """Whether a node is a convolution over one pixel."""
+    inputs = tuple(inputs_of(node))
+    weight = types[inputs[1]] if is_convolution(node) and len(inputs) > 1 else None
+    return weight is not None and set(weight.shape[2:]) == {1}
 
 
 def worth_searching(
-    candidates: list[Candidate], profile: DeviceProfile, steps: int, budget_s: float
+    candidates: Sequence[Candidate], profile: DeviceProfile, steps: int, budget_s: float
 ) -> list[str]:
     """The names of groups to search for, in the order of what they gain for what they take.
 

@@ -42,6 +42,11 @@ class Kind:
         """Whether there is a kernel that reads rates and counts from the device, as float32."""
         return self.everywhere and self.dtype is not torch.float64
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether a CPU takes the step by `cgo.runtime.rows`."""
+        return self.rule is _sgd and self.dtype in (torch.float32, torch.float64)
+
 
 @dataclass
 class Part:
@@ -70,10 +75,16 @@ class Part:
         return float(self.group["lr"]) if self.rate is None else self.rate
 
 
+def settings(group: Mapping[str, Any]) -> list[Any]:
+    """The hyper-parameters that are no rates: kernels have them as numbers of Python's."""
+    return [v for key, v in group.items() if key not in ("params", "lr", "initial_lr")]
+
+
 def kind_rule(updater: Updater) -> Callable[[Mapping[str, Any]], Kind | None] | None:
     """What gives the kind of the model's step from its parameter group, or None where it is none.
 
-    The kind can change with the group; whether there is one at all cannot.
+    The kind can change with the group's settings, but not with its rate; whether there is one at
+    all cannot.
     """
     optimizer = updater.optimizer
     found = _RULES.get(type(optimizer))

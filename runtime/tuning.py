@@ -28,6 +28,7 @@ from cgo.runtime.forms import Form, all_forms, forms_of
 from cgo.runtime.isolation import Separation
 from cgo.runtime.measuring import Budget, Groups, Measuring, Options, ways_of
 from cgo.runtime.record import Memory, Record
+from cgo.runtime.searching import SEARCHED, candidate, may_search, searching, worth_searching
 from cgo.runtime.streams import Overlap
 from cgo.runtime.tape import Replay, Tape
 from cgo.runtime.taped import Later
@@ -86,7 +87,8 @@ class Tuner:
     @property
     def measuring(self) -> Measuring:
         """Finds what the options of groups cost."""
-        rest = self.budget, self.steps, self._offered
+        search = may_search(self.tuning.search, self.device)
+        rest = self.budget, self.steps, self._offered, search
         return Measuring(self.table, self.profile, self.rules, *rest)
 
     def _offered(self, form: Form) -> bool:
@@ -114,6 +116,8 @@ class Tuner:
         memory = Memory(self.table, ruled, self._asked(), anew=self.tuning.anew)
         found = (None if self.record is None else self.record.find(ruled)) or memory.find()
         options, last = self._decide(ruled.graph) if found is None else found
+        if found is not None:
+            self._search_again(ruled.graph, options, last)
         timer = self._timer(ruled.graph, last)
         options = self._allowed(options)
         options = Separation(self.table, self.tell).options(ruled.graph, options, timer)
@@ -257,6 +261,22 @@ class Tuner:
             for nodes in groups.values()
         )
         return min(self.tuning.budget_s(self.steps * _OVER * step), self.tuning.most_s)
+
+    def _search_again(self, graph: Graph, options: Mapping[str, Option], last: bool | None) -> None:
+        """What cuDNN found before is not there in this process: let it search where that repays."""
+        if not may_search(self.tuning.search, self.device):
+            return
+        groups, timer = _groups(graph), self._timer(graph, last)
+        chosen = {n: o for n, o in options.items() if o.form == SEARCHED and n in groups}
+        candidates = []
+        for name, option in chosen.items():
+            known = self.measuring.found_s(groups[name], option, timer)
+            one = candidate(name, groups[name], timer.types, self.profile, shapes=1, found_s=known)
+            candidates += [one] if one is not None and known is not None else []
+        for name in worth_searching(candidates, self.profile, self.steps, self.tuning.most_s / 2):
+            way = Way(chosen[name].form, chosen[name].layout)
+            with searching():
+                timer.seconds(groups[name][: chosen[name].width], way)
 
     def _forced(self, nodes: Sequence[Node], timer: Timer) -> list[Option]:
         width = min(self.tuning.width or len(nodes), len(nodes))

@@ -14,7 +14,7 @@ schedulers work unchanged, and its `state` holds views of the flat moments.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from cgo.runtime.accelerator import Accelerator
 from cgo.runtime.flat import Flat, Piece
 from cgo.runtime.optimizers import Updater
 from cgo.runtime.scaling import Scaling
-from cgo.runtime.steps import Kind, kind_rule
+from cgo.runtime.steps import Kind, kind_rule, settings
 
 #: Numbers of arrangements, so that none is taken for another's.
 _VERSIONS = itertools.count()
@@ -58,8 +58,11 @@ class Updates:
         self._accelerator, self._scaling = accelerator, scaling
         self._learning = list(learning)
         self._rules = {model: kind_rule(updater) for model, updater in self._updaters.items()}
-        self._hyper = self._hyper_parameters()
-        self._plan = self._kinds()
+        # Nobody but its scheduler changes the hyper-parameters of an optimizer that has a rule.
+        self._scheduled = {m: u for m, u in self._updaters.items() if u.scheduler is not None}
+        self._moves = self._moved()
+        self._settings = {m: settings(_group(u)) for m, u in self._scheduled.items()}
+        self._plan = self._kinds(self._updaters)
         self._flats = self._arrange()
 
     def covers(self, model: ModelId) -> bool:
@@ -81,23 +84,27 @@ class Updates:
 
     def prepare(self, without: frozenset[ModelId] = frozenset()) -> None:
         """Read the models' hyper-parameters, and arrange anew what they or gradients ask for."""
-        kinds, hyper = self._plan, self._hyper_parameters()
-        if hyper != self._hyper:
-            self._hyper, kinds = hyper, self._kinds()
+        moves = self._moved()
+        changed = self._changed(moves)
+        kinds = self._plan | self._kinds(changed)
         if kinds != self._plan or self._having_gradients() != self._arranged:
             self.sync()  # a scheduler changed what has to be computed, or a program what learns
             self._plan = kinds
             self._flats = self._arrange()
             self.version = next(_VERSIONS)
+        if moves != self._moves:
+            self._read(moves, changed)
         for flat in self._flats:
             flat.prepare(without)
 
     def prepare_again(self) -> bool:
         """As `prepare`, before a captured `apply` is replayed; False if it must be eager again."""
-        if (hyper := self._hyper_parameters()) != self._hyper:
-            if self._kinds() != self._plan:
+        moves = self._moved()
+        if moves != self._moves:
+            changed = self._changed(moves)
+            if any(kind != self._plan[model] for model, kind in self._kinds(changed).items()):
                 return False
-            self._hyper = hyper
+            self._read(moves, changed)
         for flat in self._flats:
             flat.prepare(frozenset())
         return True
@@ -105,12 +112,27 @@ class Updates:
     def unprepare(self) -> None:
         """Take `prepare_again` back, where no step follows it."""
         for flat in self._flats:
-            flat.steps = [count - 1 for count in flat.steps]
+            flat.uncount()
 
     @property
-    def signature(self) -> list[Any]:
+    def signature(self) -> tuple[int, ...]:
         """What a captured `apply` holds for: the arrangement, and numbers that are Python's."""
-        return [self.version, *(flat.baked for flat in self._flats)]
+        return (self.version, *(flat.baked for flat in self._flats))
+
+    def _moved(self) -> list[int]:
+        return [updater.moves for updater in self._scheduled.values()]
+
+    def _changed(self, moves: Sequence[int]) -> dict[ModelId, list[Any]]:
+        """The settings of the models whose scheduler has changed more than a rate."""
+        stepped = zip(self._scheduled.items(), moves, self._moves)
+        found = {m: settings(_group(u)) for (m, u), now, before in stepped if now != before}
+        return {model: values for model, values in found.items() if values != self._settings[model]}
+
+    def _read(self, moves: list[int], changed: Mapping[ModelId, list[Any]]) -> None:
+        self._moves = moves
+        self._settings |= changed
+        for flat in self._flats:
+            flat.read(changed)
 
     def apply(self) -> None:
         """Clip and update, by what was prepared: work of the device alone."""
@@ -121,14 +143,11 @@ class Updates:
     def finish(self) -> dict[ModelId, Exception]:
         """Step the schedulers that go by steps; returns whose raised, and what."""
         failures: dict[ModelId, Exception] = {}
-        for model, updater in self._updaters.items():
-            if self.covers(model):
-                # What schedulers look at to warn of a missing optimizer step.
-                updater.optimizer._opt_called = True  # type: ignore[attr-defined]
-                try:
-                    updater.step_scheduler()
-                except Exception as error:
-                    failures[model] = error
+        for model, updater in self._stepping.items():
+            try:
+                updater.step_scheduler()
+            except Exception as error:
+                failures[model] = error
         return failures
 
     def without_kernels(self) -> None:
@@ -142,25 +161,26 @@ class Updates:
         for flat in self._flats:
             flat.sync()
 
-    def _kinds(self) -> dict[ModelId, Kind | None]:
-        found = {
-            model: None if rule is None else rule(self._updaters[model].optimizer.param_groups[0])
-            for model, rule in self._rules.items()
-        }
+    def _kinds(self, models: Iterable[ModelId]) -> dict[ModelId, Kind | None]:
+        found: dict[ModelId, Kind | None] = {}
+        for model in models:
+            rule = self._rules[model]
+            found[model] = None if rule is None else rule(_group(self._updaters[model]))
         if self._accelerator is None or self._scaling is None:
             return found
         # Whether a step was left out is known on the device alone: only kernels can count there.
         scaled = {model for model in found if self._scaling.covers([model])}
         return {m: k if m not in scaled or (k and k.on_device) else None for m, k in found.items()}
 
-    def _hyper_parameters(self) -> list[list[Any]]:
-        groups = [updater.optimizer.param_groups[0] for updater in self._updaters.values()]
-        return [[value for key, value in group.items() if key != "params"] for group in groups]
-
     def _having_gradients(self) -> list[bool]:
         return [leaf.grad is not None for leaf in self._leaves]
 
     def _arrange(self) -> list[Flat]:
+        covered = {m: u for m, u in self._scheduled.items() if self.covers(m)}
+        for updater in covered.values():  # what schedulers look at to warn of a missing step
+            updater.optimizer._opt_called = True  # type: ignore[attr-defined]
+        by_steps = {m: u for m, u in covered.items() if u.training.scheduler_interval == "step"}
+        self._stepping = by_steps
         owner = {
             id(parameter): model
             for model, updater in self._updaters.items()
@@ -196,3 +216,8 @@ class Updates:
             Flat(kind, found, self._updaters, self._accelerator, self._scaling)
             for kind, found in pieces.items()
         ]
+
+
+def _group(updater: Updater) -> dict[str, Any]:
+    group: dict[str, Any] = updater.optimizer.param_groups[0]
+    return group

@@ -4,6 +4,7 @@ Imports nothing of the package under test. Specs are plain dictionaries.
 """
 
 import contextlib
+import importlib
 from dataclasses import dataclass, field
 
 import torch
@@ -63,7 +64,9 @@ def train_alone(
     opt = getattr(torch.optim, optimizer)(net.parameters(), **(optimizer_kwargs or {}))
     schedule = None
     if scheduler:
-        schedule = getattr(torch.optim.lr_scheduler, scheduler)(opt, **(scheduler_kwargs or {}))
+        module, _, name = scheduler.rpartition(":")
+        place = importlib.import_module(module or "torch.optim.lr_scheduler")
+        schedule = getattr(place, name)(opt, **(scheduler_kwargs or {}))
     run = Run()
     keyed = None if streams is None else streams(seed)
     # Without effect where the precision is another.

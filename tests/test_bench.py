@@ -6,9 +6,12 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
-from cgo.bench import end_to_end, measure, methods, ratio
+from cgo.bench import end_to_end, jax_vmap, measure, methods, ratio
 from cgo.bench.families import FAMILIES
 from cgo.bench.methods import NotApplicable
 from cgo.errors import SpecError
@@ -60,6 +63,55 @@ def test_vmap_trains_what_the_serial_loop_trains():
     for lane, one in enumerate(solo):
         for stacked, own in zip(found[0].parameters, one.net.parameters()):
             assert (stacked[lane] - own).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", ["mlp", "cnn8"])
+def test_jax_trains_what_the_serial_loop_trains(family):
+    pytest.importorskip("jax", reason="JAX is not installed")
+    models = FAMILIES[family](3)
+    (batches,) = methods.batches_of(models).values()
+    solos = [methods.Solo(model, batches) for model in models]
+    steps = methods.jax_vmap(models)
+    for number in range(6):  # losses are of the weights before a step, moments of those before
+        x, y = batches[number % len(batches)]
+        expected = [solo.objective(x, y).item() for solo in solos]
+        methods.loop(solos)(1)
+        steps(1)
+        assert np.asarray(steps.losses) == pytest.approx(expected, rel=1e-5)
+    for lane, solo in enumerate(solos):
+        found = [torch.from_numpy(np.array(p[lane])) for own in steps.parameters for p in own]
+        for value, own in zip(found, solo.net.parameters(), strict=True):
+            torch.testing.assert_close(value, own.detach(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("encoders", "Encoder is no chain"), ("cells-different-8", "one architecture only")],
+)
+def test_jax_says_what_it_does_not_train(family, reason):
+    with pytest.raises(NotApplicable, match=reason):
+        methods.jax_vmap(FAMILIES[family](2))
+
+
+def test_jax_refuses_layers_and_settings_that_it_would_take_for_others():
+    models = FAMILIES["mlp"](2)
+    net = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Dropout())
+    assert jax_vmap.refusal(models, net) == "no translation of Dropout, Tanh"
+    reflecting = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect"))
+    assert "no translation of Conv2d" in jax_vmap.refusal(models, reflecting)
+    models[1].training.optimizer_kwargs["nesterov"] = True
+    assert "another way" in jax_vmap.refusal(models, nn.Sequential())
+    models[1].training.optimizer_kwargs.pop("nesterov")
+    models[1].training.optimizer_kwargs["momentum"] = 0.5
+    assert jax_vmap.refusal(models, nn.Sequential()) == "models differ in momentum"
+
+
+def test_without_jax_the_way_to_it_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax", None)
+    heard = {}
+    found = measure("mlp", 2, methods=["jax"], rounds=7, skipped=heard.__setitem__)
+    assert [record.method for record in found] == ["serial"]
+    assert "pip install 'cgo-engine[jax]'" in heard["jax"]
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from cgo import weights
+from cgo.bench.jax_vmap import JaxSteps, refusal
 from cgo.graph import ModelId
 from cgo.graph_data import GraphData
 from cgo.model import Model, loss_function, optimizer_class
@@ -47,8 +48,9 @@ SERIAL = "serial"
 
 _CPU = torch.device("cpu")
 
-#: What a trial of this benchmark would train: a few epochs of a small data set.
-_PLANNED_STEPS = 1000
+#: What a trial of this benchmark would train: a few epochs of a small data set. A GPU's steps are
+#: some twenty times shorter, so that this is about as long.
+_PLANNED_STEPS = {"cpu": 1000, "cuda": 20_000}
 
 
 class NotApplicable(Exception):
@@ -221,6 +223,20 @@ class _Momentum:
             many_tensors.addcmul_(self.parameters, self.moments, self.rates, value=-1.0)
 
 
+def jax_vmap(models: list[Model]) -> Steps:
+    """JAX's `jit(vmap(step))`, with donated buffers."""
+    (batches, *_) = batches_of(models).values()
+    nets = [Solo(model, batches).net for model in models]
+    if (reason := refusal(models, nets[0])) is not None:
+        raise NotApplicable(reason)
+    try:
+        return JaxSteps(models, nets, batches)  # type: ignore[arg-type]  # as `refusal` looked
+    except ImportError as error:
+        raise NotApplicable(
+            f"JAX cannot be imported ({error}): pip install 'cgo-engine[jax]'"
+        ) from error
+
+
 # --- processes ------------------------------------------------------------------------------------
 
 
@@ -305,7 +321,7 @@ def merged(
     for key in data.data:
         entries = [entry for entry in data.models if entry.data == key]
         members = [Member(entry, data, device, data.base, lambda event: None) for entry in entries]
-        tuner = make_tuner(tuning or Tuning(), device, _PLANNED_STEPS, tell=tell)
+        tuner = make_tuner(tuning or Tuning(), device, _PLANNED_STEPS[device.type], tell=tell)
         given = data.graph, members, constants, device
         lanes = MergedLanes(*given, tuner, tell, tuner.tuning)
         captured = CapturedLanes(lanes, accelerator_for(device), tell)
@@ -361,6 +377,7 @@ _METHODS = {
     "serial-channels-last-fused": Method(functools.partial(serial, images_last=True, fused=True)),
     "serial-compile": Method(compiled, compiles=True),
     "vmap": Method(stacked),
+    "jax": Method(jax_vmap),
     "processes": Method(processes),
     "cgo": Method(merged),
     "cgo-compiled": Method(functools.partial(merged, tuning=Tuning(compile=True)), compiles=True),

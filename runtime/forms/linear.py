@@ -37,7 +37,7 @@ def batched(emitter: Emitter, group: Group) -> Sequence[Packed] | None:
     if weight.shared or weight.ndim != 2:
         return None
     shift = None if bias is None else emitter.stacked(bias)
-    value = emitter.call(batched_linear_of, emitter.stacked(x), emitter.stacked(weight), shift)
+    value = emitter.call(turned_linear_of, emitter.stacked(x), emitter.stacked(weight), shift)
     return [Packed(value, STACKED)]
 
 
@@ -84,6 +84,13 @@ def batched_linear_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(M, ..., I) and (M, O, I) to (M, ..., O)."""
     rows = x.reshape(x.shape[0], -1, x.shape[-1])
     return batched_linear(rows, weight, bias).view(*x.shape[:-1], weight.shape[1])
+
+
+def turned_linear_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As `batched_linear_of`; the result may lie in memory with its last axis before the rows."""
+    rows = x.reshape(x.shape[0], -1, x.shape[-1])
+    result = batched_linear(rows, weight, bias, turned=True)
+    return result.view(*x.shape[:-1], weight.shape[1])
 
 
 def last_to_lanes(value: Tensor, size: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from cgo.operators import aten
 from cgo.runtime.emitter import Emitter, Group, Packed
 from cgo.runtime.forms import form
+from cgo.runtime.kernels import summed_cross_entropy
 from cgo.tuning import STACKED
 
 #: Classes up to which rows are short.
@@ -82,8 +83,11 @@ def cross_entropy_of(
     x: Tensor, target: Tensor, reduction: int, ignore: int, smoothing: float
 ) -> Tensor:
     """(M, N, C, ...) with classes (M, N, ...) or probabilities (M, N, C, ...) to (M,)."""
+    if _short(x, target) and not smoothing and reduction != _NONE:
+        total = summed_cross_entropy(x, target, ignore)
+        return total if reduction == _SUM else total / _counted(target, ignore)
     rows, classes = x.flatten(0, 1), target.flatten(0, 1)
-    if rows.ndim == 2 and classes.ndim == 1 and x.shape[-1] <= _FEW and x.device.type == "cpu":
+    if _short(x, target):
         # Torch's softmax takes rows one by one: short ones are faster the other way round.
         rows, classes = rows.t().contiguous().unsqueeze(0), classes.unsqueeze(0)
     single = F.cross_entropy(
@@ -93,6 +97,12 @@ def cross_entropy_of(
     if target.is_floating_point():
         return reduce_lanes(single, reduction)
     return _over_counted(single, target, reduction, ignore)
+
+
+def _short(x: Tensor, target: Tensor) -> bool:
+    """Whether there are few classes, given by number, and one for each sample; on a CPU."""
+    classes = x.ndim == 3 and target.ndim == 2 and not target.is_floating_point()
+    return classes and x.shape[-1] <= _FEW and x.device.type == "cpu"
 
 
 def nll_of(x: Tensor, target: Tensor, reduction: int, ignore: int) -> Tensor:
@@ -107,5 +117,11 @@ def _over_counted(single: Tensor, target: Tensor, reduction: int, ignore: int) -
     """The mean is over what is not ignored; over nothing it is NaN, as alone."""
     if reduction != _MEAN:
         return reduce_lanes(single, reduction)
-    counted = (target != ignore).flatten(1).sum(1)
-    return single.flatten(1).sum(1) / counted
+    return single.flatten(1).sum(1) / _counted(target, ignore)
+
+
+def _counted(target: Tensor, ignore: int) -> Tensor:
+    """How many samples are not ignored: of each member, or of all of them alike."""
+    if target.stride(0) == 0:  # one target that all members share
+        return (target[0] != ignore).sum()
+    return (target != ignore).flatten(1).sum(1)

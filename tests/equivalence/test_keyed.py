@@ -8,15 +8,18 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import oracle
 import pytest
 import torch
-from support import nets
+from support import nets, peculiar
 from support.data import arrays
 from support.keyed import KeyedStreams
 from support.merged import Case, Merged, assert_equal_float64
+from support.observers import Losses
 
 import cgo
 from cgo import trial
+from cgo.planner import Planner
 from cgo.runtime import keyed_draws
 from cgo.runtime.bound import Bound
 from cgo.runtime.triton_kernels import installed
@@ -88,6 +91,32 @@ def test_captured_steps_draw_by_one_kernel(tmp_path, monkeypatch):
     )
     captured(tmp_path, kernels=True)
     assert filled == []
+
+
+DRAWING = (
+    "exponential", "uniform", "normal", "log normal", "geometric", "cauchy", "shuffled",
+    "whole numbers", "probabilities", "gru", "lstm", "rnn", "word language model",
+)  # fmt: skip
+
+
+@pytest.mark.long
+def test_every_kind_of_draw_equals_the_loop(tmp_path):
+    data = cgo.DataSpec("support.peculiar:data", batch_size=8)
+    models = [
+        cgo.Model("support.peculiar:build", {"name": name}, data=data, seed=number,
+                  training=cgo.TrainingSpec(**TRAINING), model_id=name.replace(" ", "-"))
+        for number, name in enumerate(DRAWING)
+    ]  # fmt: skip
+    losses = Losses()
+    plan = Planner().plan(models, tmp_path, {"tuning": KEYED.as_json()})
+    assert plan.report.opaque == {}
+    trial.execute(plan.graph_data, folder=tmp_path, observer=losses, report=lambda event: None)
+    for model in models:
+        alone = oracle.train_alone(
+            peculiar.build, model.kwargs, peculiar.arrays(), seed=model.seed, batch_size=8,
+            metric=None, streams=KeyedStreams, **TRAINING,
+        )  # fmt: skip
+        assert losses.seen[model.model_id] == pytest.approx(alone.losses, rel=1e-9)
 
 
 @pytest.mark.parametrize("streams", ["keyed", "generator"])

@@ -8,6 +8,7 @@ from support.fake_cuda import FakeCuda, Generator
 
 from cgo.runtime import accelerator
 from cgo.runtime.accelerator import (
+    Captured,
     CaptureRefused,
     Cuda,
     accelerator_for,
@@ -18,6 +19,35 @@ from cgo.runtime.accelerator import (
 )
 
 CPU = torch.device("cpu")
+
+
+class Uneven:
+    """A device whose launches take 9 us more than what is taken off, and calls 1 us each."""
+
+    def __init__(self):
+        self.calls = []
+
+    def capture(self, body, generators=()):
+        before = len(self.calls)
+        results = body()
+        return Captured(results, range(len(self.calls) - before).__len__)
+
+    def seconds(self, replay):
+        return 9e-6 + 1e-6 * replay()
+
+
+@pytest.mark.parametrize(
+    ("calls", "short", "seconds"),
+    [(1, False, 10e-6), (1, True, 17e-6 / 8), (60, True, 69e-6)],
+)
+def test_what_is_short_is_timed_several_times_in_a_row(calls, short, seconds):
+    device = Uneven()
+
+    def form(value):
+        device.calls += [value] * calls
+        return [value]
+
+    assert captured_seconds(device, form, [0], short=short) == pytest.approx(seconds)
 
 
 def too_much():

@@ -4,17 +4,20 @@ What holds here holds for a CUDA graph as well: both keep Python's numbers and t
 refuse whoever looks at a value.
 """
 
+import sys
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
+from host_work import NoReplay
 from support.families import FAMILIES
 from support.merged import Case, Merged, assert_equal_float64
 
 import cgo
 from cgo.errors import DataError
 from cgo.planner import Planner
+from cgo.runtime import accelerator
 from cgo.runtime.accelerator import CaptureRefused, accelerator_for
 from cgo.runtime.device_lanes import DeviceLanes
 from cgo.runtime.member import Member
@@ -289,6 +292,52 @@ def test_numbers_of_python_are_baked_in_as_a_graph_would():
     assert captured.results[0].tolist() == [1.0, 1.0]
 
 
+def lanes_of(cases, folder, steps=6):
+    """Captured lanes after some eager steps, and a batch."""
+    plan = Planner().plan([case.model() for case in cases], folder).graph_data
+    members = [Member(entry, plan, CPU, folder, lambda event: None) for entry in plan.models]
+    lanes = DeviceLanes(plan.graph, members, {}, CPU, choose=make_tuner(CAPTURED, CPU, 1000))
+    leaves = {"input": torch.rand(32, 1, 8, 8), "target": torch.randint(0, 10, (32,))}
+    for step in range(steps):
+        assert not lanes.train([case.id for case in cases], leaves, 32, step)
+    return lanes, leaves
+
+
+def calls_of_a_step(cases, folder):
+    lanes, leaves = lanes_of(cases, folder, steps=12)
+    ids, calls = [case.id for case in cases], []
+    sys.setprofile(lambda frame, event, what: calls.append(event) if "call" in event else None)
+    try:
+        lanes.train(ids, leaves, 32, 12)
+    finally:
+        sys.setprofile(None)
+    return len(calls)
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+def test_the_host_works_no_more_for_more_models(optimizer, monkeypatch, tmp_path):
+    """Beside the replay, where no scheduler has moved anything."""
+    monkeypatch.setitem(accelerator._known, CPU, NoReplay(CPU))
+    counts = []
+    for count in (2, 5):
+        given = training(optimizer, precision="float32")
+        cases = [Case(f"m{n}", "mlp", seed=n, training=given) for n in range(count)]
+        counts.append(calls_of_a_step(cases, tmp_path / str(count)))
+    assert counts[0] == counts[1] < 100
+
+
+@pytest.mark.parametrize("scheduler", ["Decaying", "Halting"])
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+def test_settings_that_a_scheduler_moves_are_read_again(scheduler, interval, tmp_path):
+    """Weight decay; and momentum that ends, which is another kind of step."""
+    schedule = {"scheduler": f"support.losses:{scheduler}", "scheduler_interval": interval}
+    given = training(epochs=6)
+    given["optimizer_kwargs"] = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
+    cases = [Case("moved", "mlp", training={**given, **schedule}),
+             Case("constant", "mlp", seed=1, training=given)]  # fmt: skip
+    assert check(cases, tmp_path).told("captured")
+
+
 @pytest.mark.parametrize(
     "change",
     [lambda x: x.double(), lambda x: x[:1], lambda x: x.unsqueeze(1)],
@@ -296,13 +345,7 @@ def test_numbers_of_python_are_baked_in_as_a_graph_would():
 )
 def test_a_batch_of_another_type_is_refused_as_without_capture(change, tmp_path):
     """A copy into the captured batch would cast and broadcast it."""
-    plan = Planner().plan([Case("m", "mlp").model()], tmp_path).graph_data
-    members = [Member(plan.models[0], plan, CPU, tmp_path, lambda event: None)]
-    tuner = make_tuner(CAPTURED, CPU, 1000)
-    lanes = DeviceLanes(plan.graph, members, {}, CPU, choose=tuner)
-    leaves = {"input": torch.rand(32, 1, 8, 8), "target": torch.randint(0, 10, (32,))}
-    for step in range(6):
-        assert not lanes.train(["m"], leaves, 32, step)
+    lanes, leaves = lanes_of([Case("m", "mlp")], tmp_path)
     bad = {**leaves, "input": change(leaves["input"])}
     with pytest.raises(DataError, match="the first batch's was"):
         lanes.train(["m"], bad, 32, 6)

@@ -90,7 +90,7 @@ def test_what_does_not_fit_is_refused_with_shapes_and_the_way_out(
     row, loss, output, target, message
 ):
     with pytest.raises(SpecError, match=message) as raised:
-        judge(row, loss, output, target)
+        judge(row, loss, output, target).check()
     assert f"outputs {tuple(output.shape)}" in str(raised.value)
     assert WAY_OUT in str(raised.value)
 

@@ -142,3 +142,21 @@ def test_a_device_that_is_in_no_table_is_tuned_as_well(planned):
     choice = simulated(clock, profile=unknown)(graph, models)
     assert clock.asked
     assert choice.ways
+
+
+def test_kernels_are_searched_for_where_that_is_repaid_and_again_by_the_next_process(planned):
+    graph, models = planned
+    quick = replace(H100, search_s=1e-3)
+    table = CostTable(None, GPU, key="simulated")
+    slow = {LOOPED: 100.0}  # so that what is fused is chosen
+    first, second, off, short = Clock(), Clock(), Clock(), Clock()
+    choice = simulated(first, profile=quick, table=table, factors=slow)(graph, models)
+    assert {form for _, form in first.searched} == {"grouped convolution"}
+    simulated(second, profile=quick, table=table, factors=slow)(graph, models)  # remembers
+    again = [name for name, _ in second.searched]
+    assert again == [str(node.group) for node, *_ in second.asked]
+    assert again
+    assert {choice.ways[name].form for name in again} == {"grouped convolution"}
+    simulated(off, Tuning(search=False), profile=quick, factors=slow)(graph, models)
+    simulated(short, Tuning(share=1.0), steps=100, factors=slow)(graph, models)
+    assert off.searched == short.searched == []

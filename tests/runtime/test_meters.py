@@ -1,9 +1,14 @@
 """Sums over an epoch, counted at once or together."""
 
+import math
+
 import pytest
 import torch
 
 import cgo
+from cgo.model import TrainingSpec
+from cgo.private.dispatch_modes import TorchDispatchMode
+from cgo.runtime import meters
 from cgo.runtime.meters import EvaluationMeter, LossMeter
 
 
@@ -15,6 +20,95 @@ def test_sums_of_several_batches_count_as_their_batches():
     together.add(losses[0], 8)
     together.add_sum((losses[1:].double() * torch.tensor(sizes[1:])).sum(), 11)
     assert together.mean() == pytest.approx(one.mean(), rel=1e-15)
+
+
+SYNC_FREE = ("accuracy", "f1_score", "matthews_corrcoef", "exact_match", "hamming_distance")
+NUMBERS = ("mean_squared_error", "r2_score")
+
+
+#: What a GPU is waited for with: values read, and results whose size depends on values.
+WAITING = [
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "bincount",
+    "equal",
+    "is_nonzero",
+    "_unique2",
+    "unique_dim",
+]
+
+
+class NoWait(TorchDispatchMode):
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator.overloadpacket.__name__
+        masks = args[1] if name == "index" else ()
+        assert name not in WAITING
+        assert not any(mask is not None and mask.dtype is torch.bool for mask in masks), name
+        return operator(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 10**9])
+@pytest.mark.parametrize("loss", ["cross_entropy", "binary_cross_entropy_with_logits", "mse_loss"])
+def test_nothing_waits_for_a_gpu_until_all_is_fetched(loss, kept_bytes):
+    metrics = NUMBERS if loss == "mse_loss" else SYNC_FREE[: 2 if "binary" in loss else None]
+    training = TrainingSpec(loss=loss, metrics=metrics)
+    meter, train = EvaluationMeter(training, kept_bytes), LossMeter()
+    target = torch.ones(8, dtype=torch.int64) if loss == "cross_entropy" else torch.ones(8, 4)
+    with NoWait():
+        for samples in (8, 8, 3):
+            train.add(torch.rand(()), samples)
+            meter.add(torch.rand(()), torch.rand(samples, 4), target[:samples], samples)
+        held = [*train.held(), *meter.held()]
+    assert len(held) > len(metrics)
+    with pytest.raises(AssertionError), NoWait():  # what makes this mean something
+        meter.values()
+
+
+def test_all_of_a_device_are_fetched_at_once(monkeypatch):
+    moves = []
+
+    def moved(tensors):
+        moves.append(len(tensors))
+        return [torch.full((), size.numel()) for size in tensors]
+
+    monkeypatch.setattr(meters, "_moved", moved)
+    there = {number: [torch.empty(number, device="meta")] * 2 for number in range(5)}
+    found = meters.fetched(there | {"here": [torch.tensor(7)], "none": []})
+    assert moves == [10]
+    expected = {number: [number, number] for number in range(5)} | {"here": [7], "none": []}
+    assert {key: [int(value) for value in own] for key, own in found.items()} == expected
+
+
+def test_what_is_fetched_keeps_its_bits():
+    wanted = [
+        torch.arange(3), torch.tensor(True), torch.tensor([0.1, math.nan, -0.0]),
+        torch.tensor(7, dtype=torch.int16), torch.rand(2, 3).double().T, torch.tensor(1e-300),
+        torch.ones(()).expand(4), torch.zeros(0),
+    ]  # fmt: skip
+    for value, other in zip(wanted, meters._moved(wanted), strict=True):
+        assert value.dtype is other.dtype
+        assert torch.equal(value.nan_to_num(9.0), other.nan_to_num(9.0))
+    assert meters.fetched({"a": wanted, "b": []}) == {"a": wanted, "b": []}
+
+
+@pytest.mark.parametrize("metric", [*SYNC_FREE, *NUMBERS, "support.own_metrics:hits"])
+def test_settled_meters_give_the_same_values(metric):
+    training = TrainingSpec(
+        loss="mse_loss" if metric in NUMBERS else "cross_entropy", metrics=(metric,)
+    )
+    plain, settled = EvaluationMeter(training), EvaluationMeter(training)
+    torch.manual_seed(1)
+    for _ in range(3):
+        target = torch.randn(9, 4) if metric in NUMBERS else torch.randint(0, 4, (9,))
+        given = torch.rand(()), torch.randn(9, 4), target, 9
+        plain.add(*given)
+        settled.add(*given)
+    held = settled.held()
+    settled.settle([value.clone() for value in held])
+    for value in held:  # what is computed from now on is of the copies
+        value.zero_()
+    assert settled.values() == plain.values()
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 500, 10**9])

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 import weakref
 from dataclasses import replace
 
@@ -224,14 +225,15 @@ def test_the_optimizers_own_states_can_be_saved_and_gone_on_from(given, seed):
 
 def test_a_schedule_may_change_what_a_step_needs():
     """Momentum that becomes zero is another kind of step."""
-    given = [TrainingSpec(optimizer_kwargs={"lr": 0.1, "momentum": 0.9}) for _ in range(3)]
+    halting = {"scheduler": "support.losses:Halting", "scheduler_interval": "step"}
+    given = [
+        TrainingSpec(optimizer_kwargs={"lr": 0.1, "momentum": 0.9}, **(halting if n == 1 else {}))
+        for n in range(3)
+    ]
     lanes = Lanes(given)
     alone = Alone(lanes, given)
     generator = torch.Generator().manual_seed(1)
-    for step in range(6):
-        momentum = 0.0 if step >= 3 else 0.9
-        for updater in (lanes.updaters["m1"], alone.updaters[1]):
-            updater.optimizer.param_groups[0]["momentum"] = momentum
+    for _ in range(6):
         gradients = draw_gradients(lanes, generator)
         lanes.step(gradients)
         alone.step(gradients)
@@ -367,6 +369,18 @@ def test_on_an_accelerator_leaves_begin_where_vectors_can_be_loaded():
     starts = [leaf.data_ptr() - flat.values.data_ptr() for leaf, _ in lanes.leaves]
     assert all(start % 16 == 0 for start in starts)
     assert sum(leaf.numel() for leaf, _ in lanes.leaves) < flat.values.numel()  # gaps there are
+
+
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+def test_schedulers_find_that_the_optimizer_has_stepped(interval):
+    schedule = {"scheduler": "StepLR", "scheduler_kwargs": {"step_size": 1}}
+    given = [TrainingSpec(**schedule, scheduler_interval=interval), TrainingSpec()]
+    lanes = Lanes(given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lanes.step(draw_gradients(lanes, torch.Generator().manual_seed(7)))
+        lanes.updaters["m0"].end_epoch()
+    assert lanes.updaters["m0"].lr == pytest.approx(1e-4)
 
 
 def test_flat_tensors_are_split_once_however_many_models_there_are(monkeypatch):

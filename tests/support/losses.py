@@ -33,6 +33,19 @@ def by_token(output, target):
     return F.cross_entropy(output.flatten(0, 1), target.flatten())
 
 
+class Halting(torch.optim.lr_scheduler.LRScheduler):
+    """Takes momentum away after three steps, which is another kind of step."""
+
+    def get_lr(self):
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def step(self, epoch=None):
+        super().step()
+        if self.last_epoch == 3:
+            for group in self.optimizer.param_groups:
+                group["momentum"] = 0.0
+
+
 class Decaying(torch.optim.lr_scheduler.LRScheduler):
     """Changes weight decay at each step, and no rate."""
 

@@ -31,6 +31,7 @@ class Clock:
     price_s: float = 0.01
     now: float = 0.0
     asked: list[tuple[Node, Way, int, bool]] = field(default_factory=list)
+    searched: list[tuple[str, str]] = field(default_factory=list)  # by cuDNN: groups, and forms
 
     def __call__(self) -> float:
         return self.now
@@ -55,6 +56,8 @@ class SimulatedTimer(Timer):
     ) -> float:
         self._clock.now += self._clock.price_s
         self._clock.asked.append((nodes[0], way, len(nodes), self.marked_last))
+        if torch.backends.cudnn.benchmark:
+            self._clock.searched.append((str(nodes[0].group), way.form))
         chosen = {form.name for form in forms_of(operator_of(nodes[0])) if form.chosen}
         if not self.applies(nodes, way) or (way.form in chosen and way.form not in self._factors):
             return math.inf
