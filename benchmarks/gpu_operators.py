@@ -27,6 +27,10 @@ from torch.nn import functional as F
 
 from cgo import bench
 from cgo.runtime.accelerator import Accelerator, CaptureRefused, accelerator_for
+from cgo.runtime.forms.convolution import products_of_channels
+from cgo.runtime.fused_norms import trained
+from cgo.runtime.grouped_convolutions import convolved
+from cgo.runtime.triton_kernels import usable
 
 LAST = torch.channels_last
 
@@ -159,6 +163,16 @@ def convolutions(
         x, w = made(m, n * s * s, c), made(m, o, c)
         return lambda: gradients([torch.bmm(x, w.transpose(1, 2))], [x, w])
 
+    def ours() -> Callable[[], list[Tensor]]:
+        x = made(n, m * c, s, s)
+        w = made(m * o, c, shape.kernel, shape.kernel)
+        rest = m, shape.stride, shape.padding, dtype
+        return lambda: gradients([convolved(x, w, None, *rest)], [x, w])
+
+    def products() -> Callable[[], list[Tensor]]:
+        x, w = made(n, m * c, s, s), made(m, o, c, 1, 1)
+        return lambda: gradients([products_of_channels(x, w, None)], [x, w])
+
     forms = {
         "loop": looped(False, False),
         "loop, 4 streams": looped(False, True),
@@ -169,6 +183,9 @@ def convolutions(
     }
     if shape.kernel == 1:
         forms["product of pixels"] = pixels()
+        forms["products of channels"] = products()
+    if usable(device):
+        forms["kernel of ours"] = ours()
     return forms
 
 
@@ -192,7 +209,30 @@ def norms(device: torch.device) -> dict[str, Callable[[], list[Tensor]]]:
         x = torch.rand(n, m * c, s, s, device=device, requires_grad=True)
         return lambda: gradients([F.relu(x)], [x])
 
-    return {
+    def residual(last: bool, kernel: bool) -> Callable[[], list[Tensor]]:
+        x, added = (torch.rand(n, m * c, s, s, device=device) for _ in range(2))
+        if last:
+            x, added = (value.to(memory_format=LAST) for value in (x, added))
+        x, added = x.requires_grad_(), added.requires_grad_()
+        mean, var, w, b = (torch.ones(m * c, device=device) for _ in range(4))
+        w, b = w.requires_grad_(), b.requires_grad_()
+
+        def run() -> list[Tensor]:
+            if kernel:
+                y = trained(x, w, b, mean, var, 0.1, 1e-5, added, "relu")
+            else:
+                y = F.relu(F.batch_norm(x, mean, var, w, b, training=True) + added)
+            return gradients([y], [x, w, b, added])
+
+        return run
+
+    kernels = (False, True) if usable(device) else (False,)
+    chains = {
+        f"norm{' last' * last} + added + relu{', kernel of ours' * kernel}": residual(last, kernel)
+        for last in (False, True)
+        for kernel in kernels
+    }
+    return chains | {
         "norm": norm(False, False), "norm last": norm(True, False),
         "norm + relu": norm(False, True), "norm last + relu": norm(True, True), "relu": relu(),
     }  # fmt: skip

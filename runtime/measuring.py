@@ -298,11 +298,12 @@ class _Cost:
             key, measured = key + FOUND, width  # what is found holds for this very shape
         known = of.table.get(self.signature, key, measured)
         if known is None and self._may and not self._is_near(key, measured):
-            members = [nodes[:measured] for nodes in (self.nodes, *behind)]
+            members = self.nodes[:measured]
+            rest = [[nodes[:measured] for nodes in behind]] if behind else []
             if way.form in self._forms and self._forms[way.form].offered is usable:
-                self.timer.prepare(members[0], way, members[1:])  # is no part of the budget
+                self.timer.prepare(members, way, *rest)  # is no part of the budget
             with searching() if search else contextlib.nullcontext():
-                known = of.budget.spend(lambda: self.timer.seconds(members[0], way, members[1:]))
+                known = of.budget.spend(lambda: self.timer.seconds(members, way, *rest))
             of.table.put(self.signature, key, measured, known)
         if known is not None:
             of.note(self._kind(key), known, self._least(way, measured))

@@ -22,7 +22,8 @@ How groups of equal operators are executed as one. Generated from the registry
 
 A group is written in the first form that takes it. What no form takes goes through `torch.vmap`,
 traced once into plain ATen; what that cannot batch is a loop over the members, and
-`cgo explain` says why.
+`cgo explain` says why. Forms marked "chosen" are for a GPU, and taken where they were measured to
+be faster: kernels in Triton, and another memory format of images.
 
 Layouts of a packed value of M members: *stacked* `(M, ...)`; *channels* `(N, M*C, ...)`, side by
 side along axis 1; *either*: whichever its inputs have.
@@ -61,7 +62,12 @@ def document():
     counts = tested()
     forms = all_forms()
     of_form = [
-        (f.name, f.layouts, f.summary, sum(n for (_, form), n in counts.items() if form == f.name))
+        (
+            f.name,
+            _layouts(f),
+            f.summary,
+            sum(n for (_, form), n in counts.items() if form == f.name),
+        )
         for f in forms
     ]
     operators = sorted({op for f in forms for op in f.operators}, key=name_of)
@@ -71,6 +77,10 @@ def document():
         "## Operators\n\nForms in the order in which they are tried.\n\n"
         f"{table(('operator', 'forms', 'layouts', 'calls tested'), of_operator)}\n"
     )
+
+
+def _layouts(form: Form) -> str:
+    return f"{form.layouts}, chosen" if form.chosen else form.layouts
 
 
 def _row(op, forms: list[Form], counts):

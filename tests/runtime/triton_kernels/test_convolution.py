@@ -16,6 +16,8 @@ from cgo.runtime.precision import tf32  # noqa: E402
 from cgo.runtime.triton_kernels import convolution  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+#: Products in float64 are for the interpreter.
+EXACT = torch.float64 if DEVICE.type == "cpu" else torch.float32
 CLOSE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 5e-3}
 
 #: M, N, C, O, H, W, kernel, stride, padding: what the families have, with fewer images.
@@ -81,7 +83,7 @@ def compare(shape, dtype):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_as_torch_on_the_shapes_of_the_families(shape):
-    compare(shape, torch.float64)
+    compare(shape, EXACT)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -93,7 +95,7 @@ def test_in_other_dtypes(dtype):
 
 def test_pixels_are_divided_for_the_weight(monkeypatch):
     monkeypatch.setattr(convolution, "_PART", 32)
-    compare(SHAPES["cells 3x3"], torch.float64)
+    compare(SHAPES["cells 3x3"], EXACT)
 
 
 def test_a_member_that_is_not_finite_changes_no_bit_of_its_neighbours():
@@ -118,6 +120,30 @@ def test_autocast_decides_the_dtype():
     assert [value.dtype for value in found] == [torch.float16, *[torch.float32] * 3]
     wanted = F.conv2d(x, weight, bias, groups=2)
     torch.testing.assert_close(found[0].float(), wanted, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_on_a_gpu(dtype, cuda):
+    for m, n, c, o, size, kernel, stride in (
+        (32, 64, 3, 16, 32, 3, 1), (32, 16, 16, 16, 32, 1, 1), (8, 64, 64, 64, 8, 3, 1),
+        (16, 32, 8, 16, 32, 3, 2), (4, 16, 100, 128, 7, 3, 1),
+    ):  # fmt: skip
+        compare((m, n, c, o, size, size, kernel, stride, kernel // 2), dtype)
+
+
+@pytest.mark.gpu
+def test_tf32_on_a_gpu(cuda):
+    shape = SHAPES["cells 3x3"]
+    given = inputs(shape, torch.float32)
+    wanted = outcome(theirs(shape), [value.double() for value in given])
+    errors = []
+    for allowed in (False, True):
+        with tf32(allowed):
+            found = outcome(ours(shape, torch.float32), given)
+        errors.append([float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, wanted)])
+    assert max(errors[0]) < 1e-5
+    assert max(errors[1]) < 1e-2
 
 
 _COMPILED = """

@@ -211,6 +211,39 @@ def test_a_single_value_of_a_channel_is_an_error_as_it_is_torchs():
     normalised(x, None, None, x.flatten(), x.flatten() ** 2, False, 0.1, 1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+def test_on_a_gpu(dtype, last, cuda):
+    kinked = dtype in (torch.float64, torch.float32)
+    for shape in ((64, 48, 32, 32), (32, 600, 8, 8), (16, 33, 7, 7)):
+        compare(shape, dtype, "relu" if kinked else "none", last=last)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
+def test_captured_on_a_gpu(last, cuda):
+    given, gradient = inputs((32, 48, 16, 16), torch.float32, last)
+    leaves = [value.clone().requires_grad_() for value in given]
+    mean, var = torch.zeros(48, device=cuda), torch.ones(48, device=cuda)
+
+    def step():
+        x, weight, bias, added = leaves
+        result = normalised(x, weight, bias, mean, var, True, 0.3, 1e-5, added, "relu")
+        return [result, *torch.autograd.grad(result, leaves, gradient)]
+
+    with torch.autograd.set_multithreading_enabled(False):
+        wanted, once = step(), (mean.clone(), var.clone())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = step()
+    mean.zero_()
+    var.fill_(1)
+    graph.replay()
+    for ours, theirs in zip((*found, mean, var), (*wanted, *once), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 _COMPILED = """
 import sys
 from triton.backends.compiler import GPUTarget
