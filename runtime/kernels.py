@@ -24,7 +24,7 @@ def batched_linear(
         turned: Whether the result may lie in memory as (M, O, R), where that is faster.
     """
     if torch.is_autocast_enabled(rows.device.type):  # casts what a backward would not see
-        return _product(rows, weight, bias)
+        return _added(torch.bmm(rows, weight.transpose(1, 2)), bias)
     if turned and _narrow(rows, weight):
         columns: Tensor = _TurnedLinear.apply(rows, weight, bias)
         return columns.transpose(1, 2)
@@ -39,12 +39,14 @@ def _narrow(rows: Tensor, weight: Tensor) -> bool:
 
 
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if bias is None:
-        return torch.bmm(rows, weight.transpose(1, 2))
-    if rows.device.type == "cpu":
+    if bias is not None and rows.device.type == "cpu":
         return torch.baddbmm(bias.unsqueeze(1), rows, weight.transpose(1, 2))
+    return _added(torch.bmm(rows, weight.transpose(1, 2)), bias)
+
+
+def _added(product: Tensor, bias: Tensor | None) -> Tensor:
     # The bias afterwards, where the result is: `baddbmm` copies it to where that will be.
-    return torch.bmm(rows, weight.transpose(1, 2)).add_(bias.unsqueeze(1))
+    return product if bias is None else product.add_(bias.unsqueeze(1))
 
 
 class _BatchedLinear(torch.autograd.Function):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -83,7 +84,9 @@ def cross_entropy_of(
     x: Tensor, target: Tensor, reduction: int, ignore: int, smoothing: float
 ) -> Tensor:
     """(M, N, C, ...) with classes (M, N, ...) or probabilities (M, N, C, ...) to (M,)."""
-    if _short(x, target) and not smoothing and reduction != _NONE:
+    # Half precision is left to torch, which under autocast computes losses in single.
+    exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+    if exact and _short(x, target) and not smoothing and reduction != _NONE:
         total = summed_cross_entropy(x, target, ignore)
         return total if reduction == _SUM else total / _counted(target, ignore)
     rows, classes = x.flatten(0, 1), target.flatten(0, 1)
