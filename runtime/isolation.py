@@ -98,7 +98,8 @@ def _computed(built: Built, values: Sequence[Tensor], bad: Tensor) -> list[tuple
     ends = [(r, layout) for r, layout in zip(results, built.layouts) if r.requires_grad]
     if ends:  # what comes back to a member that is NaN is NaN
         seeds = [_poisoned(torch.ones_like(end), layout, bad) for end, layout in ends]
-        torch.autograd.backward([end for end, _ in ends], seeds)
+        with torch.autograd.set_multithreading_enabled(False):  # kernels are chosen for each thread
+            torch.autograd.backward([end for end, _ in ends], seeds)
     found = [(result.detach(), layout) for result, layout in zip(results, built.layouts)]
     for value, given in zip(own, built.given):
         found.append((value.detach(), given.layout))  # statistics are written in place

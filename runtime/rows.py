@@ -132,19 +132,19 @@ class RowSteps:
         for row, value in kept:  # put back: nothing times NaN is nothing
             row.copy_(value)
 
-    def _step(self, block: _Block, update: Sequence[Tensor]) -> None:
+    def _step(self, block: _Block, update: list[Tensor]) -> None:
         numbers = block.numbers
         if "weight_decay" in numbers:
-            update = many_tensors.addcmul(update, block.values, numbers["weight_decay"])
+            update = [*many_tensors.addcmul(update, block.values, numbers["weight_decay"])]
         if block.moment is not None:
             self._move(block, block.moment, update)
             if self._nesterov:
-                update = many_tensors.addcmul(update, block.moments, numbers["momentum"])
+                update = [*many_tensors.addcmul(update, block.moments, numbers["momentum"])]
             else:
                 update = block.moments
         many_tensors.addcmul_(block.values, update, numbers["lr"])
 
-    def _move(self, block: _Block, whole: Tensor, update: Sequence[Tensor]) -> None:
+    def _move(self, block: _Block, whole: Tensor, update: list[Tensor]) -> None:
         """Momentum times the moment, plus the update.
 
         Both ways of a long block, with one number and with several, round once; those of a short
