@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cgo.private.softmax import log_softmax_backward
+
 #: MKL computes products in columns of so many; with 10 it takes twice as long as with 16 (AVX-512),
 #: with 24 a sixth longer than with 32, beyond which it makes no difference. Rows may be any number.
 _COLUMNS, _WIDE = 16, 32
@@ -117,5 +119,5 @@ class _SummedCrossEntropy(torch.autograd.Function):
         found = torch.ops.aten.nll_loss2d_backward(
             each, columns, classes, None, 0, ctx.ignore, total
         )
-        found = torch.ops.aten._log_softmax_backward_data(found, columns, 1, columns.dtype)
+        found = log_softmax_backward(found, columns, 1, columns.dtype)
         return found.squeeze(2).transpose(1, 2), None, None
