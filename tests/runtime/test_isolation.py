@@ -96,7 +96,7 @@ def test_a_kernel_that_lets_nan_through_is_found(kernel, tmp_path, monkeypatch):
     linears = [m for m in found if operator_of(m[0]) == "aten.linear"]
     way = Way("batched linear", "stacked")
     assert all(keeps_apart(timer, members, way) for members in linears)
-    monkeypatch.setattr(linear, "batched_linear_of", kernel)
+    monkeypatch.setattr(linear, "turned_linear_of", kernel)
     assert not all(keeps_apart(timer, members, way) for members in linears)
 
 
@@ -113,7 +113,7 @@ def diverging(folder, tuning):
 @pytest.mark.parametrize("measure", [False, True])
 def test_a_trial_goes_no_way_that_lets_nan_through(measure, tmp_path, monkeypatch):
     monkeypatch.setenv("CGO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(linear, "batched_linear_of", dense)
+    monkeypatch.setattr(linear, "turned_linear_of", dense)
     tuning = cgo.Tuning(measure=measure, share=1.0, layout=None if measure else "stacked")
     spoilt = diverging(tmp_path / "spoilt", tuning)
     assert measure or not spoilt.ended("m0")["success"]  # where nobody looks, neighbours fall
@@ -129,7 +129,7 @@ def test_a_trial_goes_no_way_that_lets_nan_through(measure, tmp_path, monkeypatc
 
 def test_what_was_tried_is_known_to_the_next_trial(tmp_path, monkeypatch):
     monkeypatch.setenv("CGO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(linear, "batched_linear_of", dense)
+    monkeypatch.setattr(linear, "turned_linear_of", dense)
     monkeypatch.setattr(Host, "separates", False)
     tuning = cgo.Tuning(share=1.0, layout="stacked")
     first, second = (diverging(tmp_path / name, tuning) for name in ("first", "second"))

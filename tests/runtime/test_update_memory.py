@@ -46,9 +46,9 @@ def sizes(monkeypatch):
     """Numbers of models that are rehearsed together."""
     found = []
 
-    def watched(types, learning, packs, trainings, device_type):
+    def watched(types, learning, packs, trainings, *rest):
         found.append(len(trainings))
-        return rehearse_update(types, learning, packs, trainings, device_type)
+        return rehearse_update(types, learning, packs, trainings, *rest)
 
     monkeypatch.setattr(update_memory, "rehearse_update", watched)
     return found
