@@ -17,7 +17,7 @@ from cgo.graph import restrict
 from cgo.model import Model
 from cgo.planner import Planner
 from cgo.runtime.choice import rules_for
-from cgo.runtime.costs import CostTable
+from cgo.runtime.cost_table import CostTable
 from cgo.runtime.tuning import Tuner
 from cgo.tuning import Tuning
 

@@ -37,7 +37,8 @@ from cgo.graph_data import GraphData
 from cgo.private.fake_tensors import FakeTensorMode
 from cgo.runtime import costs
 from cgo.runtime.choice import LOOP, Choice, Rules, rules_for
-from cgo.runtime.costs import CostTable, Timer
+from cgo.runtime.cost_table import CostTable
+from cgo.runtime.costs import Timer
 from cgo.runtime.device_profile import DeviceProfile, prior
 from cgo.runtime.lower import Lowered, lower
 from cgo.runtime.packing import plan_packs

@@ -21,7 +21,7 @@ import torch
 
 from cgo.errors import CgoError
 from cgo.private import inductor
-from cgo.runtime.costs import default_path
+from cgo.runtime.cost_table import default_path
 from cgo.runtime.structure import Structure
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from cgo.runtime.known_devices import published
 from cgo.runtime.precision import tf32
 
 if TYPE_CHECKING:
-    from cgo.runtime.costs import CostTable
+    from cgo.runtime.cost_table import CostTable
 
 log = logging.getLogger(__name__)
 

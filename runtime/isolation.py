@@ -22,7 +22,8 @@ from cgo.graph import Graph, Node, inputs_of
 from cgo.passes.assign_layouts import Option
 from cgo.runtime.accelerator import without_frames
 from cgo.runtime.choice import LOOPED, Way
-from cgo.runtime.costs import Built, CostTable, Timer
+from cgo.runtime.cost_table import CostTable
+from cgo.runtime.costs import Built, Timer
 from cgo.runtime.emitter import operator_of, runs
 from cgo.runtime.measuring import ways_of
 from cgo.tuning import CHANNELS, LANES, STACKED

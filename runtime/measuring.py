@@ -20,7 +20,8 @@ from cgo.graph import Node, bytes_of, inputs_of
 from cgo.passes.assign_layouts import Option
 from cgo.runtime.builder import VMAP
 from cgo.runtime.choice import LOOPED, Rules, Way
-from cgo.runtime.costs import BEHIND, WIDTHS, CostTable, Signature, Timer
+from cgo.runtime.cost_table import CostTable, Signature
+from cgo.runtime.costs import BEHIND, WIDTHS, Timer
 from cgo.runtime.device_profile import DeviceProfile
 from cgo.runtime.emitter import Types, operator_of
 from cgo.runtime.estimates import (

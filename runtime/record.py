@@ -22,7 +22,7 @@ from cgo.passes.assign_layouts import Option
 from cgo.passes.sharing import argument_key
 from cgo.paths import read_plain
 from cgo.runtime.choice import Choice
-from cgo.runtime.costs import CostTable, device_key
+from cgo.runtime.cost_table import CostTable, device_key
 from cgo.runtime.verdicts import Decision, Swap, decision_of
 from cgo.tuning import CHANNELS, LANES, STACKED
 

@@ -20,7 +20,8 @@ from cgo.runtime.accelerator import FILLED, accelerator_for, free_memory
 from cgo.runtime.artifacts import default_artifacts
 from cgo.runtime.choice import LOOP, LOOPED, Choice, Improve, Rules, Way, rules_for
 from cgo.runtime.compiled import Compiler, Compilers
-from cgo.runtime.costs import CostTable, Repacking, Timer, default_path, repacking
+from cgo.runtime.cost_table import CostTable, default_path
+from cgo.runtime.costs import Repacking, Timer, repacking
 from cgo.runtime.device_profile import DeviceProfile, measure, profile_of
 from cgo.runtime.emitter import Types, operator_of, runs
 from cgo.runtime.estimates import estimated_repacking, work_of

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from cgo.runtime.costs import CostTable
+from cgo.runtime.cost_table import CostTable
 
 log = logging.getLogger(__name__)
 

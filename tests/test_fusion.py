@@ -8,7 +8,7 @@ from cgo.fusion import fusion_report
 from cgo.passes.batch_operators import BatchOperators
 from cgo.planner import Planner
 from cgo.runtime.choice import Rules
-from cgo.runtime.costs import CostTable
+from cgo.runtime.cost_table import CostTable
 from cgo.runtime.tuning import Tuner
 from cgo.tuning import Tuning
 

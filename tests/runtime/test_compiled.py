@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_iter
 import cgo
 from cgo.runtime.artifacts import ArtifactError, Artifacts, default_artifacts
 from cgo.runtime.compiled import Compiler, Compilers
-from cgo.runtime.costs import CostTable
+from cgo.runtime.cost_table import CostTable
 from cgo.runtime.tape import compile_tape, record
 from cgo.runtime.taped import Taped
 from cgo.runtime.verdicts import Swap, Verdict, Verdicts

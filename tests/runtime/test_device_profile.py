@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cgo.runtime.accelerator import accelerator_for
-from cgo.runtime.costs import CostTable
+from cgo.runtime.cost_table import CostTable
 from cgo.runtime.device_profile import (
     CPU,
     PRECISIONS,

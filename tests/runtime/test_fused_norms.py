@@ -14,7 +14,8 @@ from cgo.planner import Planner
 from cgo.private.fake_tensors import FakeTensorMode
 from cgo.runtime import costs
 from cgo.runtime.choice import Rules, Way
-from cgo.runtime.costs import CostTable, Timer
+from cgo.runtime.cost_table import CostTable
+from cgo.runtime.costs import Timer
 from cgo.runtime.device_profile import prior
 from cgo.runtime.emitter import operator_of, runs
 from cgo.runtime.forms import forms_of

@@ -10,7 +10,7 @@ from support.simulated_gpu import GPU, H100, Clock, simulated
 from cgo.graph import is_training
 from cgo.planner import Planner
 from cgo.runtime.choice import LOOP, LOOPED, Rules
-from cgo.runtime.costs import CostTable
+from cgo.runtime.cost_table import CostTable
 from cgo.runtime.device_profile import prior
 from cgo.runtime.emitter import operator_of
 from cgo.runtime.estimates import is_product, is_view

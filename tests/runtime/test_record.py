@@ -12,7 +12,8 @@ import cgo
 from cgo.passes.assign_layouts import Option
 from cgo.planner import Planner
 from cgo.runtime.choice import Rules
-from cgo.runtime.costs import CostTable, Timer
+from cgo.runtime.cost_table import CostTable
+from cgo.runtime.costs import Timer
 from cgo.runtime.record import Memory, Record
 from cgo.runtime.verdicts import Swap
 

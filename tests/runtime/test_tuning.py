@@ -11,7 +11,8 @@ import cgo
 from cgo.errors import TrialError
 from cgo.graph import Graph
 from cgo.runtime.choice import LOOP, Rules
-from cgo.runtime.costs import CostTable, repacking
+from cgo.runtime.cost_table import CostTable
+from cgo.runtime.costs import repacking
 from cgo.runtime.record import Record
 from cgo.runtime.tuning import Tuner, make_tuner
 from cgo.tuning import Tuning

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cgo.runtime.costs import CostTable
+from cgo.runtime.cost_table import CostTable
 from cgo.runtime.verdicts import Swap, Verdict, Verdicts, decision_of
 
 CPU = torch.device("cpu")

@@ -12,7 +12,8 @@ import torch
 
 from cgo.graph import Node
 from cgo.runtime.choice import LOOPED, Rules, Way, rules_for
-from cgo.runtime.costs import CostTable, Timer
+from cgo.runtime.cost_table import CostTable
+from cgo.runtime.costs import Timer
 from cgo.runtime.device_profile import DeviceProfile, prior
 from cgo.runtime.emitter import operator_of
 from cgo.runtime.estimates import work_of
