@@ -45,9 +45,10 @@ class Tuning:
         capture: Capture whole training steps, optimizers included, and replay them: as CUDA graphs,
             with what can overlap on several streams. None: on a GPU, where enough steps are
             planned. True on a CPU writes the calls down and calls them again: for tests, no faster.
-        kernels: Kernels of our own, in Triton. None: on a GPU where Triton is, wherever they are
-            faster by measurement. True: by Triton's interpreter on a CPU, too, which is for tests.
-            False: nowhere.
+        kernels: Kernels of our own, in Triton. None: on a GPU where Triton is; norms and
+            convolutions wherever they are faster by measurement, optimizers' steps and draws
+            always, as they replace one launch for each model. True: by Triton's interpreter on a
+            CPU, too, which is for tests. False: nowhere.
         streams: Where the random tensors of merged models come from: "generator", a generator for
             each model, as in a plain loop after `torch.manual_seed(seed)`; or "keyed", streams that
             are functions of model, operator, step and element alone, drawn for all models by one
