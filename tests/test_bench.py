@@ -149,6 +149,7 @@ def test_the_command_writes_records(tmp_path):
     assert document["threads"] == 1
 
 
+@pytest.mark.long
 def test_a_whole_search_is_measured_against_the_serial_one():
     heard = []
     found = end_to_end.measure(4, epochs=1, workers=2, rounds=1, heard=heard.append)

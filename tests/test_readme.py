@@ -46,6 +46,7 @@ def test_the_nni_search_runs(tmp_path):
     assert "models a minute" in output
 
 
+@pytest.mark.long
 @needs_nni
 def test_the_nni_advisor_runs(tmp_path):
     output = run(ROOT / "examples" / "nni_advisor.py", tmp_path)

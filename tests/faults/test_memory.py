@@ -21,6 +21,7 @@ def run(folder, widths, more_bytes=0):
     return json.loads((folder / "found.json").read_text())
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="limits address space")
 def test_too_many_models_at_once_take_turns(tmp_path):
     """A hidden layer of 16,384 over a batch of 512 is 32 MiB; a step keeps some five of them."""

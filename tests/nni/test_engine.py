@@ -65,7 +65,10 @@ def test_events_come_in_nnis_order_on_the_submitted_instances(engine):
     assert list(running.list_models(ModelStatus.Trained)) == [model]
 
 
-@pytest.mark.parametrize("mistake", [RuntimeError("a strategy's mistake"), SystemExit(3)])
+@pytest.mark.parametrize(
+    "mistake",
+    [RuntimeError("a strategy's mistake"), pytest.param(SystemExit(3), marks=pytest.mark.long)],
+)
 def test_a_callback_may_submit_and_one_that_raises_stops_nothing(mistake, engine):
     running = engine()
     first, second = models(2)

@@ -55,7 +55,7 @@ def check_trained(models):
 
 
 #: Each searches; the others are as quick, and take other paths through NNI.
-LONG = {"TPE", "PolicyBasedRL"}
+LONG = {"TPE", "PolicyBasedRL", "GridSearch"}
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,9 @@ def test_a_search_goes_on_beside_candidates_that_fail(strategy, tmp_path):
         assert (engine.error_of(model) is not None) == faulty
 
 
-@pytest.mark.parametrize("kind", [SimplifiedModelSpace, RawFormatModelSpace])
+@pytest.mark.parametrize(
+    "kind", [RawFormatModelSpace, pytest.param(SimplifiedModelSpace, marks=pytest.mark.long)]
+)
 def test_formats_of_spaces(kind, tmp_path):
     models, _ = search("Random", nni_spaces.space(kind), tmp_path)
     check_trained(models)

@@ -158,6 +158,7 @@ def test_checkpointed_steps_are_captured_as_they_are(tmp_path):
     assert check(cases, tmp_path, tuning).told("captured")
 
 
+@pytest.mark.long
 def test_compiled_steps_are_not_written_down(tmp_path):
     """On a CPU: their kernels are no calls; CUDA captures whatever runs on its streams."""
     tuning = cgo.Tuning(measure=False, capture=True, compile="inductor")
