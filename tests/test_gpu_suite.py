@@ -251,7 +251,8 @@ def test_sections_come_in_the_order_of_their_worth():
         "equivalence", "ceilings", "cnn", "heads", "encoders", "wide", "mix", "narrow", "cells",
         "stored", *(f"compiled:{name}" for name in WORKLOADS),
     ]  # fmt: skip
-    assert [section.name for section in sections("cpu")] == names
+    on_cpu = [section.name for section in sections("cpu")]
+    assert on_cpu == [name for name in names if name != "compiled:cells"]
 
 
 def test_an_error_is_a_part_of_what_a_section_found(tmp_path):
