@@ -59,6 +59,11 @@ BEHIND = Way("elementwise", CHANNELS)
 WIDTHS = (2, 4, 8, 16, 32)
 
 
+def shared_inputs(nodes: Sequence[Node]) -> list[bool]:
+    """Of each input of a group, whether all members read the same."""
+    return [len(set(column)) == 1 for column in zip(*map(inputs_of, nodes))]
+
+
 def signature_of(
     node: Node, types: Types, shared: Sequence[bool], idle: Sequence[int] = ()
 ) -> Signature:
@@ -160,14 +165,14 @@ class Timer:
         """Seconds of one of `KINDS`, for `_LANES` images of 8 channels, so high and wide."""
         return _repack_seconds(kind, size, self._device)
 
-    def signature(self, nodes: Sequence[Node], shared: Sequence[bool]) -> Signature:
-        """What the cost of a group depends on, of whose inputs some are the same for all."""
+    def signature(self, nodes: Sequence[Node]) -> Signature:
+        """What the cost of a group depends on."""
         idle = [
             position
             for position, refs in enumerate(zip(*map(inputs_of, nodes)))
             if self._is_computed(refs[0]) and not self._learns(refs)
         ]
-        return signature_of(nodes[0], self.types, shared, idle)
+        return signature_of(nodes[0], self.types, shared_inputs(nodes), idle)
 
     def _is_computed(self, ref: Ref) -> bool:
         """Whether a value is a floating-point number that no source hands over."""

@@ -18,7 +18,7 @@ from math import comb
 import torch
 from torch import Tensor
 
-from cgo.graph import Graph, Node, inputs_of
+from cgo.graph import Graph, Node
 from cgo.passes.assign_layouts import Option
 from cgo.runtime.accelerator import without_frames
 from cgo.runtime.choice import LOOPED, Way
@@ -161,8 +161,7 @@ class Separation:
         self, nodes: Sequence[Node], ways: Sequence[tuple[str, str]], timer: Timer
     ) -> bool:
         """Whether the first way that can be gone keeps members apart: known, or tried now."""
-        shared = [len(set(column)) == 1 for column in zip(*map(inputs_of, nodes))]
-        signature = timer.signature(nodes, shared)
+        signature = timer.signature(nodes)
         for form, layout in ways:
             if form == LOOPED:
                 return True

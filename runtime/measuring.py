@@ -16,12 +16,12 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cgo.graph import Node, bytes_of, inputs_of
+from cgo.graph import Node, bytes_of
 from cgo.passes.assign_layouts import Option
 from cgo.runtime.builder import VMAP
 from cgo.runtime.choice import LOOPED, Rules, Way
-from cgo.runtime.cost_table import CostTable, Signature
-from cgo.runtime.costs import BEHIND, WIDTHS, Timer
+from cgo.runtime.cost_table import CostTable
+from cgo.runtime.costs import BEHIND, WIDTHS, Timer, shared_inputs
 from cgo.runtime.device_profile import DeviceProfile
 from cgo.runtime.emitter import Types, operator_of
 from cgo.runtime.estimates import (
@@ -155,25 +155,23 @@ class Measuring:
 
     def of_group(self, nodes: Sequence[Node], timer: Timer) -> list[Option]:
         """A group's options; a loop where fusing is none."""
-        shared = [len(set(column)) == 1 for column in zip(*map(inputs_of, nodes))]
+        shared = shared_inputs(nodes)
         # Branches of a single model gain less by being one operator than their gradients lose.
         if (shared and all(shared)) or len(frozenset().union(*(n.owners for n in nodes))) == 1:
             return [Option(LOOPED, LANES, 1, 0.0)]
         if not self._on_cpu and is_view(nodes[0]):
             return self._views(nodes, timer)
         largest = largest_bytes(nodes[0], timer.types)
-        found = self._costed(nodes, timer, shared, largest)
+        found = self._costed(nodes, timer, largest)
         loops = [option for option in found if option.form == LOOPED]
         if not loops or len(loops) == len(found):
             return [self._ruled(nodes, largest)]
         limit = loops[0].seconds * (1 - self.rules.margin / len(nodes))
         return loops + [o for o in found if o.form != LOOPED and o.seconds < limit]
 
-    def _costed(
-        self, nodes: Sequence[Node], timer: Timer, shared: Sequence[bool], largest: int
-    ) -> list[Option]:
+    def _costed(self, nodes: Sequence[Node], timer: Timer, largest: int) -> list[Option]:
         """Each way of executing a group that can be gone, with its cost where that is known."""
-        cost = _Cost(self, nodes, timer, timer.signature(nodes, shared))
+        cost = _Cost(self, nodes, timer)
         elements = largest_elements(nodes[0], timer.types)
         found: list[Option] = []
         for form, layout in ways_of(nodes[0], self.offered):
@@ -223,9 +221,8 @@ class Measuring:
 
     def found_s(self, nodes: Sequence[Node], option: Option, timer: Timer) -> float | None:
         """Seconds of a group with the kernels that cuDNN once found; None where it never was."""
-        shared = [len(set(column)) == 1 for column in zip(*map(inputs_of, nodes))]
         key = f"{option.form}/{option.layout}" + "/last" * timer.marked_last + FOUND
-        known = self.table.get(timer.signature(nodes, shared), key, option.width)
+        known = self.table.get(timer.signature(nodes), key, option.width)
         return None if known is None else known * len(nodes) / option.width
 
     def note(self, key: str, measured: float, estimated: float) -> None:
@@ -249,10 +246,10 @@ class _Cost:
     measuring: Measuring
     nodes: Sequence[Node]
     timer: Timer
-    signature: Signature
     best: float = math.inf  # of the ways before
 
     def __post_init__(self) -> None:
+        self.signature = self.timer.signature(self.nodes)
         self._work = work_of(self.nodes[0], self.timer.types)
         repays = self.measuring.repays(self._work, len(self.nodes))
         # Ways are compared with each other: those of one group are all measured, or none.
@@ -272,7 +269,7 @@ class _Cost:
             return self._seconds(way, width)
         behind = self.timer.behind(self.nodes)
         whole = self._seconds(way, width, behind)
-        apart = [self._of(nodes)(BEHIND, width) for nodes in behind]
+        apart = [_Cost(self.measuring, nodes, self.timer)(BEHIND, width) for nodes in behind]
         if whole is None or None in apart:
             return None
         return max(0.0, whole - sum(seconds for seconds in apart if seconds is not None))
@@ -280,11 +277,6 @@ class _Cost:
     @property
     def _forms(self) -> Mapping[str, Form]:
         return {form.name: form for form in forms_of(operator_of(self.nodes[0]))}
-
-    def _of(self, nodes: Sequence[Node]) -> _Cost:
-        shared = [len(set(column)) == 1 for column in zip(*map(inputs_of, nodes))]
-        signature = self.timer.signature(nodes, shared)
-        return _Cost(self.measuring, nodes, self.timer, signature)
 
     def _seconds(self, way: Way, width: int, behind: Sequence[Sequence[Node]] = ()) -> float | None:
         """Seconds of the group, and of groups behind it that are part of this way."""
