@@ -219,8 +219,6 @@ class Simulation:
 class SimulatedTimer(Timer):
     """Measures on a simulated device."""
 
-    separates = True  # nothing has values there
-
     def __init__(self, simulation: Simulation, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._simulation = simulation
@@ -260,6 +258,7 @@ def row(data: GraphData, profile: DeviceProfile, steps: int, rules: Rules) -> di
         tell=lambda what, **figures: told.append(figures),
         profile=replace(profile, source="measured"),
         timing=simulation.timer,
+        separates=True,  # nothing has values there
         clock=simulation.clock,
     )
     models = sorted({output.model for output in data.graph.outputs})

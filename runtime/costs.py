@@ -140,11 +140,6 @@ class Timer:
         """Whether images have channels last where they would not by themselves."""
         return self._last and self._device.type != "cpu"
 
-    @property
-    def separates(self) -> bool:
-        """Whether the device's kernels are known to keep the members of a group apart."""
-        return accelerator_for(self._device).separates
-
     @cached_property
     def _behind(self) -> Mapping[str, Sequence[Sequence[Node]]]:
         return behind_norms(self._graph)

@@ -25,28 +25,24 @@ from cgo.runtime.choice import LOOPED, Way
 from cgo.runtime.cost_table import CostTable
 from cgo.runtime.costs import Built, Timer
 from cgo.runtime.emitter import operator_of, runs
+from cgo.runtime.estimates import is_product
 from cgo.runtime.measuring import ways_of
 from cgo.tuning import CHANNELS, LANES, STACKED
 
 log = logging.getLogger(__name__)
 
-#: Operators whose fused forms call kernels that work on several members at once. All others read
-#: for each element what belongs to it.
+#: Beside products, operators whose fused forms call kernels that work on several members at once.
+#: All others read for each element what belongs to it.
 _MIXING = {
     *("cgo.batch_norm", "aten.batch_norm", "aten.group_norm", "aten.instance_norm"),
     *("aten.layer_norm", "aten.native_layer_norm", "aten.rms_norm"),
-    *(f"aten.conv{n}d" for n in (1, 2, 3)),
-    *(f"aten.conv_transpose{n}d" for n in (1, 2, 3)),
-    *("aten.convolution", "aten.linear", "aten.bilinear", "aten.einsum", "aten.matmul"),
-    *("aten.mm", "aten.mv", "aten.bmm", "aten.addmm", "aten.addmv", "aten.addbmm", "aten.baddbmm"),
-    *("aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu"),
-    "aten.scaled_dot_product_attention",
+    *("aten.bilinear", "aten.addbmm"),
 }
 
 
-def mixes(operator: str) -> bool:
-    """Whether forms of an operator, given without overload, have to be tried."""
-    return operator in _MIXING
+def mixes(node: Node) -> bool:
+    """Whether forms of a node's operator have to be tried."""
+    return is_product(node) or operator_of(node) in _MIXING
 
 
 def separating_sets(size: int) -> list[frozenset[int]]:
@@ -142,12 +138,10 @@ class Separation:
         self, graph: Graph, options: Mapping[str, Option], timer: Timer
     ) -> Mapping[str, Option]:
         """The options of a graph's groups, with loops where they have to be."""
-        if timer.separates:
-            return options
         found = dict(options)
         for members in runs(graph.nodes):
             name = members[0].group
-            if name is None or len(members) < 2 or not mixes(operator_of(members[0])):
+            if name is None or len(members) < 2 or not mixes(members[0]):
                 continue
             option = options.get(name)  # evaluation has none: it takes what applies first
             width = len(members) if option is None else min(option.width, len(members))

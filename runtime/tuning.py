@@ -60,6 +60,8 @@ class Tuner:
         tell: Hears of each choice, as JSON values.
         profile: What the device can do; default is as it was measured before, or is published.
         timing: Makes what measures groups; called as `Timer` is.
+        separates: Whether the device's kernels are known to keep the members of a group apart;
+            default is what its accelerator says.
         clock: Seconds, by which measuring is kept within its budget.
     """
 
@@ -75,12 +77,14 @@ class Tuner:
         *,
         profile: DeviceProfile | None = None,
         timing: Callable[..., Timer] = Timer,
+        separates: bool | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.table, self.device, self.rules, self.steps = table, device, rules, steps
         self.tuning, self.record, self.tell = tuning, record, tell
         self.profile = profile_of(device, table) if profile is None else profile
         self.timing = timing
+        self.separates = accelerator_for(device).separates if separates is None else separates
         self.budget = Budget(0.0, clock=clock)
         self.assignment = Assignment({}, 0.0, 0.0)  # the last one
         self._compiles: Compilers | None = None
@@ -119,9 +123,10 @@ class Tuner:
         options, last = self._decide(ruled.graph) if found is None else found
         if found is not None:
             self._search_again(ruled.graph, options, last)
-        timer = self._timer(ruled.graph, last)
         options = self._allowed(options)
-        options = Separation(self.table, self.tell).options(ruled.graph, options, timer)
+        if not self.separates:
+            timer = self._timer(ruled.graph, last)
+            options = Separation(self.table, self.tell).options(ruled.graph, options, timer)
         options, last = memory.add(options, last)
         if self.record is not None:
             self.record.add(ruled, options, last)

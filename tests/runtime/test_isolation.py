@@ -43,7 +43,7 @@ def test_every_form_keeps_members_apart_on_a_cpu(tmp_path):
     timer, found = groups(("mlp", "cnn", "residual", "cells", "encoder", "lstm"), tmp_path)
     tried = {}
     for members in found:
-        if mixes(operator_of(members[0])):
+        if mixes(members[0]):
             for form, layout in ways_of(members[0]):
                 if form != LOOPED:
                     apart = keeps_apart(timer, members, Way(form, layout))

@@ -46,8 +46,6 @@ class Clock:
 class SimulatedTimer(Timer):
     """Gives estimates, times a factor by form."""
 
-    separates = True
-
     def __init__(self, clock: Clock, factors: dict[str, float], *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._clock, self._factors = clock, factors
@@ -95,5 +93,6 @@ def simulated(
         steps,
         profile=profile,
         timing=partial(SimulatedTimer, clock, factors or {}),
+        separates=True,
         clock=clock,
     )
