@@ -84,10 +84,17 @@ class Tuner:
         self.tuning, self.record, self.tell = tuning, record, tell
         self.profile = profile_of(device, table) if profile is None else profile
         self.timing = timing
-        self.separates = accelerator_for(device).separates if separates is None else separates
+        self._separates = separates
         self.budget = Budget(0.0, clock=clock)
         self.assignment = Assignment({}, 0.0, 0.0)  # the last one
         self._compiles: Compilers | None = None
+
+    @property
+    def separates(self) -> bool:
+        """Whether the device's kernels are known to keep the members of a group apart."""
+        if self._separates is None:
+            return accelerator_for(self.device).separates
+        return self._separates
 
     @property
     def measuring(self) -> Measuring:
