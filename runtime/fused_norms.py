@@ -67,13 +67,11 @@ def trained(
     bias: Tensor | None,
     mean: Tensor,
     var: Tensor,
-    momentum: float,
-    eps: float,
-    added: Tensor | None = None,
-    activation: str = "none",
+    *rest: Any,
+    **named: Any,
 ) -> Tensor:
     """`normalised` in training mode; running statistics are updated in place."""
-    return normalised(x, weight, bias, mean, var, True, momentum, eps, added, activation)
+    return normalised(x, weight, bias, mean, var, True, *rest, **named)
 
 
 def trained_copying(
@@ -95,13 +93,11 @@ def evaluated(
     bias: Tensor | None,
     mean: Tensor,
     var: Tensor,
-    momentum: float,
-    eps: float,
-    added: Tensor | None = None,
-    activation: str = "none",
+    *rest: Any,
+    **named: Any,
 ) -> Tensor:
     """`normalised` by running statistics."""
-    return normalised(x, weight, bias, mean, var, False, momentum, eps, added, activation)
+    return normalised(x, weight, bias, mean, var, False, *rest, **named)
 
 
 class _Normalised(torch.autograd.Function):
@@ -160,45 +156,24 @@ def _alike(value: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 @torch.library.impl("cgo::batch_norm_activation", _DEVICES)
-def _forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    added: Tensor | None,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(x: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
     from cgo.runtime.triton_kernels import norm  # where it is called, Triton is there
 
     x = arranged(x)
-    values = (_alike(added, x), training, momentum, eps, activation)
-    return norm.forward(x, weight, bias, mean, var, *values)
+    *rest, added, activation = given
+    return norm.forward(x, *rest, _alike(added, x), activation)
 
 
 @torch.library.impl("cgo::batch_norm_activation_backward", _DEVICES)
 def _backward(
-    gradient: Tensor,
-    x: Tensor,
-    out: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    training: bool,
-    activation: str,
-    added: bool,
+    gradient: Tensor, x: Tensor, out: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from cgo.runtime.triton_kernels import norm
 
     x = arranged(x)
-    moments = (weight, bias, mean, rstd, training, activation, added)
     given = _alike(gradient, x)
     assert given is not None
-    to_x, to_weight, to_bias, to_added = norm.backward(given, x, _alike(out, x), *moments)
+    to_x, to_weight, to_bias, to_added = norm.backward(given, x, _alike(out, x), *rest)
     return to_x, to_weight, to_bias, x.new_empty(0) if to_added is None else to_added
 
 

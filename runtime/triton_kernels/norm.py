@@ -360,10 +360,10 @@ def forward(
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    residual: Tensor | None,
     training: bool,
     momentum: float,
     eps: float,
+    residual: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Result, and each channel's mean and the reciprocal of its standard deviation.

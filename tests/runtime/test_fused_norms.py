@@ -155,7 +155,7 @@ def operators(monkeypatch):
     forward = norm.forward
 
     def counting(*given):
-        seen[given[6], given[5] is not None, given[9]] += 1
+        seen[given[5], given[8] is not None, given[9]] += 1
         return forward(*given)
 
     monkeypatch.setattr(norm, "forward", counting)
