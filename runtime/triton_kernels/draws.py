@@ -26,15 +26,6 @@ _COLUMNS = 6
 
 
 @triton.jit
-def _place(tiles, segments, COLUMNS: tl.constexpr):
-    """Which row of the tables this program is of, and which of its tiles."""
-    tile = tl.program_id(0)
-    row = tl.load(tiles + tile).to(tl.int64)
-    fields = segments + row * COLUMNS
-    return row, fields, tile - tl.load(fields + 4)
-
-
-@triton.jit
 def _store(out, fields, elements, values, ALIGNED: tl.constexpr):
     """Write a tile's values; by several at once where all lanes begin and end at multiples of 4."""
     start = tl.load(fields)
@@ -46,14 +37,22 @@ def _store(out, fields, elements, values, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _words(fields, counts, blocks):
-    """Four words for each block of the stream, at its step."""
+def _drawn(tiles, segments, counts, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr):
+    """This program's row of the tables, its fields and tile; its blocks, and four words of each."""
+    program = tl.program_id(0)
+    row = tl.load(tiles + program).to(tl.int64)
+    fields = segments + row * COLUMNS
+    tile = program - tl.load(fields + 4)
+    blocks = tile * BLOCKS + tl.arange(0, BLOCKS)
     key = tl.load(fields + 2)
     step = tl.load(counts + tl.load(fields + 3))
     low = blocks.to(tl.uint32)
     high = (blocks >> 32).to(tl.uint32)
     none = low * 0
-    return tl.philox(key, low, high, none + step.to(tl.uint32), none + (step >> 32).to(tl.uint32))
+    w0, w1, w2, w3 = tl.philox(
+        key, low, high, none + step.to(tl.uint32), none + (step >> 32).to(tl.uint32)
+    )
+    return row, fields, tile, blocks, w0, w1, w2, w3
 
 
 @triton.jit
@@ -74,9 +73,7 @@ def _masks(
     out, tiles, segments, numbers, counts, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr,
     WIDE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    row, fields, tile = _place(tiles, segments, COLUMNS)
-    blocks = tile * BLOCKS + tl.arange(0, BLOCKS)
-    w0, w1, w2, w3 = _words(fields, counts, blocks)
+    row, fields, tile, _, w0, w1, w2, w3 = _drawn(tiles, segments, counts, COLUMNS, BLOCKS)
     words = _in_order(w0, w1, w2, w3)
     elements = tile * BLOCKS * 4 + tl.arange(0, 4 * BLOCKS)
     value = tl.load(numbers + row * 3)
@@ -91,9 +88,7 @@ def _uniforms(
     out, tiles, segments, numbers, counts, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr,
     WIDE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    row, fields, tile = _place(tiles, segments, COLUMNS)
-    blocks = tile * BLOCKS + tl.arange(0, BLOCKS)
-    w0, w1, w2, w3 = _words(fields, counts, blocks)
+    row, fields, tile, blocks, w0, w1, w2, w3 = _drawn(tiles, segments, counts, COLUMNS, BLOCKS)
     if WIDE:
         elements = blocks
         u = _fraction(w0, w1)
@@ -116,9 +111,7 @@ def _normals(
     out, tiles, segments, numbers, counts, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr,
     WIDE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    row, fields, tile = _place(tiles, segments, COLUMNS)
-    elements = tile * BLOCKS + tl.arange(0, BLOCKS)
-    w0, w1, w2, w3 = _words(fields, counts, elements)
+    row, fields, _, elements, w0, w1, w2, w3 = _drawn(tiles, segments, counts, COLUMNS, BLOCKS)
     u = 1.0 - _fraction(w0, w1)
     v = _fraction(w2, w3)
     mean = tl.load(numbers + row * 3)

@@ -60,15 +60,24 @@ def _row(rows, skip, block: tl.constexpr):
     return tl.load(rows + row) + inner, tl.load(rows + row + 1) + inner, inner < size, model
 
 
+@triton.jit
+def _begun(values, at, gradients, given, taken, decay,
+           decays: tl.constexpr, wide: tl.constexpr):  # fmt: skip
+    """A program's parameters, and their gradients with the decay of weights added."""
+    value = tl.load(values + at, mask=taken, other=0).to(wide)
+    update = tl.load(gradients + given, mask=taken, other=0).to(wide)
+    if decays:
+        update += tl.load(decay).to(wide) * value
+    return value, update
+
+
 @_step
 def _sgd(values, buffers, _second, _third, gradients, rows, numbers, counts, skip, models,
          decays: tl.constexpr, moves: tl.constexpr, nesterov: tl.constexpr,
          wide: tl.constexpr, block: tl.constexpr):  # fmt: skip
     at, given, taken, model = _row(rows, skip, block)
-    value = tl.load(values + at, mask=taken, other=0).to(wide)
-    update = tl.load(gradients + given, mask=taken, other=0).to(wide)
-    if decays:
-        update += tl.load(numbers + models + model).to(wide) * value
+    value, update = _begun(values, at, gradients, given, taken, numbers + models + model,
+                           decays, wide)  # fmt: skip
     if moves:
         momentum = tl.load(numbers + 2 * models + model).to(wide)
         buffer = tl.load(buffers + at, mask=taken, other=0).to(wide) * momentum + update
@@ -114,12 +123,10 @@ def _rmsprop(values, squares, second, third, gradients, rows, numbers, counts, s
              decays: tl.constexpr, centered: tl.constexpr, moves: tl.constexpr,
              wide: tl.constexpr, block: tl.constexpr):  # fmt: skip
     at, given, taken, model = _row(rows, skip, block)
-    value = tl.load(values + at, mask=taken, other=0).to(wide)
-    update = tl.load(gradients + given, mask=taken, other=0).to(wide)
+    value, update = _begun(values, at, gradients, given, taken, numbers + models + model,
+                           decays, wide)  # fmt: skip
     eps, alpha = tl.load(numbers + 2 * models + model), tl.load(numbers + 3 * models + model)
     rest = (1 - alpha).to(wide)
-    if decays:
-        update += tl.load(numbers + models + model).to(wide) * value
     square = tl.load(squares + at, mask=taken, other=0).to(wide) * alpha.to(wide)
     square += rest * update * update
     tl.store(squares + at, square.to(squares.dtype.element_ty), mask=taken)
@@ -142,10 +149,8 @@ def _adagrad(values, sums, _second, _third, gradients, rows, numbers, counts, sk
              decays: tl.constexpr, _unused: tl.constexpr, _unused_too: tl.constexpr,
              wide: tl.constexpr, block: tl.constexpr):  # fmt: skip
     at, given, taken, model = _row(rows, skip, block)
-    value = tl.load(values + at, mask=taken, other=0).to(wide)
-    update = tl.load(gradients + given, mask=taken, other=0).to(wide)
-    if decays:
-        update += tl.load(numbers + models + model).to(wide) * value
+    value, update = _begun(values, at, gradients, given, taken, numbers + models + model,
+                           decays, wide)  # fmt: skip
     past = tl.load(counts + model).to(tl.float64) - 1
     size = tl.load(numbers + model) / (1 + past * tl.load(numbers + 3 * models + model))
     total = tl.load(sums + at, mask=taken, other=0).to(wide) + update * update
