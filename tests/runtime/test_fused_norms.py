@@ -5,13 +5,13 @@ from collections import Counter
 
 import pytest
 import torch
+from support.fakes import assert_fakes_are_alike
 from support.merged import Case, Merged, assert_equal_float64
 
 import cgo
 from cgo.graph import is_training
 from cgo.passes.assign_layouts import Option
 from cgo.planner import Planner
-from cgo.private.fake_tensors import FakeTensorMode
 from cgo.runtime import costs
 from cgo.runtime.choice import Rules, Way
 from cgo.runtime.cost_table import CostTable
@@ -82,15 +82,7 @@ def test_a_captured_step_writes_its_statistics_once_a_replay():
 @interpreting
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_fake_tensors_get_what_true_ones_get(dtype):
-    true = step(*given(dtype))
-    with FakeTensorMode():
-        fake = step(*given(dtype))
-    for ours, theirs in zip(fake, true, strict=True):
-        assert (ours.shape, ours.dtype, ours.stride()) == (
-            theirs.shape,
-            theirs.dtype,
-            theirs.stride(),
-        )
+    assert_fakes_are_alike(step, lambda: given(dtype))
 
 
 @interpreting

@@ -4,9 +4,9 @@ from collections import Counter
 
 import pytest
 import torch
+from support.fakes import assert_fakes_are_alike
 
 from cgo.graph import Node, Ref, TensorType
-from cgo.private.fake_tensors import FakeTensorMode
 from cgo.runtime.emitter import Emitter, make_group
 from cgo.runtime.forms import forms_of
 from cgo.runtime.grouped_convolutions import convolved
@@ -44,15 +44,7 @@ def test_a_step_is_recorded_and_replayed_with_its_bits(replayed):
 @interpreting
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 def test_fake_tensors_get_what_true_ones_get(dtype):
-    true = step(*given(dtype))
-    with FakeTensorMode():
-        fake = step(*given(dtype))
-    for ours, theirs in zip(fake, true, strict=True):
-        assert (ours.shape, ours.dtype, ours.stride()) == (
-            theirs.shape,
-            theirs.dtype,
-            theirs.stride(),
-        )
+    assert_fakes_are_alike(step, lambda: given(dtype))
 
 
 @interpreting

@@ -1,12 +1,10 @@
 """Convolutions of many models in one kernel against torch's grouped ones, by the interpreter."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from support.triton_compiler import run_compiling
 from torch.nn import functional as F
 
 triton = pytest.importorskip("triton")
@@ -147,21 +145,16 @@ def test_tf32_on_a_gpu(cuda):
 
 
 _COMPILED = """
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-import triton, triton.language as tl
+import triton.language as tl
 from cgo.runtime.triton_kernels import convolution
-
-def compiled(kernel, dtype, **constants):
-    def kind(name):
-        if name in constants: return "constexpr"
-        return {"held": "*fp32"}.get(name, "*" + dtype if name in POINTERS else "i32")
-    names = kernel.arg_names
-    source = ASTSource(fn=kernel, signature={name: kind(name) for name in names},
-                       constexprs={(names.index(name),): v for name, v in constants.items()})
-    triton.compile(source, target=GPUTarget("cuda", 90, 32))
+from support.triton_compiler import compile_kernel
 
 POINTERS = {"x", "weight", "bias", "y", "gradient"}
+
+def compiled(kernel, dtype, **constants):
+    types = {name: "*" + dtype if name in POINTERS else "i32" for name in kernel.arg_names}
+    compile_kernel(kernel, types | {"held": "*fp32"}, constants)
+
 tiles = {"ROWS": 16, "COLUMNS": 64, "ACC": tl.float32}
 compiled(convolution._convolve, "fp32", KERNEL=3, BACK=True, bias=None, DEPTH=16,
          PRECISION="tf32", **tiles)
@@ -173,10 +166,4 @@ print("compiled")
 
 @pytest.mark.skipif("nvidia" not in triton.backends.backends, reason="no compiler for CUDA here")
 def test_the_compiler_for_cuda_takes_the_kernels(tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONWARNINGS": "ignore"}
-    script = tmp_path / "compiled.py"  # kernels are read from files
-    script.write_text(_COMPILED)
-    command = [sys.executable, "-P", str(script)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout == "compiled\n", done.stderr[-2000:]
+    assert run_compiling(_COMPILED, tmp_path) == "compiled\n"

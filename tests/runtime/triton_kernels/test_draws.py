@@ -1,11 +1,8 @@
 """Draws of all lanes in one launch: the numbers of the streams' definition."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from support.triton_compiler import run_compiling
 
 from cgo.runtime import triton_kernels
 from cgo.runtime.keyed_draws import Draw, fill, stream_key
@@ -87,34 +84,24 @@ def test_lanes_that_begin_and_end_at_multiples_of_four_are_filled_the_same():
     assert torch.equal(found, wanted)
 
 
-#: Compiles for an H100 and prints the assembly: that takes no device, but a process of its own,
-#: as kernels are compiled or interpreted from when they are defined.
+#: Prints the assembly.
 COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from cgo.runtime.triton_kernels import draws
+from support.triton_compiler import compile_kernel
 
 types = dict(out="*fp32", tiles="*i32", segments="*i64", numbers="*fp64", counts="*i64")
 given = dict(COLUMNS=6, BLOCKS=256, WIDE=False, ALIGNED=True)
 for kernel in draws._KERNELS.values():
-    source = ASTSource(kernel, types | dict.fromkeys(given, "constexpr"), given,
-                       {(i,): [["tt.divisibility", 16]] for i in range(5)})
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32),
-                              options={"enable_fp_fusion": False})
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(5)}
+    compiled = compile_kernel(kernel, types, given, aligned, enable_fp_fusion=False)
     assert compiled.asm["cubin"]
     print(compiled.asm["ptx"], "// end of kernel")
 """
 
 
 def test_kernels_compile_for_a_gpu(tmp_path):
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=env | {"TRITON_CACHE_DIR": str(tmp_path)},
-        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    masks, uniforms, normals, _ = done.stdout.split("// end of kernel")
+    printed = run_compiling(COMPILE, tmp_path)
+    masks, uniforms, normals, _ = printed.split("// end of kernel")
     for kernel in (masks, uniforms):  # four elements a store
         assert kernel.count("st.global.v4.b32") == kernel.count("st.global") == 2
     assert "st.global.v2.b32" in normals

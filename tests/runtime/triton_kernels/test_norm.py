@@ -1,13 +1,11 @@
 """The kernels of batch norm against torch's operators one by one, by Triton's interpreter."""
 
 import math
-import os
-import subprocess
-import sys
 from itertools import product
 
 import pytest
 import torch
+from support.triton_compiler import run_compiling
 from torch.nn import functional as F
 
 triton = pytest.importorskip("triton")
@@ -245,11 +243,9 @@ def test_captured_on_a_gpu(last, cuda):
 
 
 _COMPILED = """
-import sys
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-import triton, triton.language as tl
+import triton.language as tl
 from cgo.runtime.triton_kernels import norm
+from support.triton_compiler import compile_kernel
 
 def compiled(kernel, dtype, acc, absent=(), **constants):
     constants |= dict.fromkeys(absent)
@@ -257,14 +253,11 @@ def compiled(kernel, dtype, acc, absent=(), **constants):
     held = {"held", "saved_mean", "saved_rstd"}
     sizes = {"rows", "per_part", "parts", "channels", "pixels", "stride"}
     def kind(name):
-        if name in constants: return "constexpr"
         if name in sizes: return "i32"
         if name.startswith(("momentum", "eps")): return "fp32"
         return "*" + (dtype if name in wide else acc if name in held else "fp32")
-    names = kernel.arg_names
-    source = ASTSource(fn=kernel, signature={name: kind(name) for name in names},
-                       constexprs={(names.index(name),): v for name, v in constants.items()})
-    triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": norm._WARPS})
+    types = {name: kind(name) for name in kernel.arg_names}
+    compile_kernel(kernel, types, constants, num_warps=norm._WARPS)
 
 for dtype, acc, last, stage, training, activation, absent in (
     ("bf16", "fp32", True, 2, True, "relu", ()),
@@ -284,10 +277,4 @@ print("compiled")
 @pytest.mark.skipif("nvidia" not in triton.backends.backends, reason="no compiler for CUDA here")
 def test_the_compiler_for_cuda_takes_the_kernels(tmp_path):
     """The interpreter runs what the compiler refuses; no device is needed to ask it."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONWARNINGS": "ignore"}
-    script = tmp_path / "compiled.py"  # kernels are read from files
-    script.write_text(_COMPILED)
-    command = [sys.executable, "-P", str(script)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout == "compiled\n", done.stderr[-2000:]
+    assert run_compiling(_COMPILED, tmp_path) == "compiled\n"

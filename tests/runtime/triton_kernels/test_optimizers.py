@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.triton_compiler import run_compiling
 
-pytest.importorskip("triton", reason="no Triton: nothing of its kernels was tested")
+triton = pytest.importorskip("triton", reason="no Triton: nothing of its kernels was tested")
 
-from cgo.runtime.triton_kernels.optimizers import BLOCK, fused_update
+from cgo.runtime.triton_kernels.optimizers import BLOCK, fused_update  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
@@ -218,3 +219,24 @@ def test_captured_steps_go_on_counting(family, cuda):
         fused.step_alone(gradient)
     for ours, theirs in zip(fused.lanes(fused.values), fused.alone):
         torch.testing.assert_close(ours, theirs.detach(), **CLOSE[torch.float32])
+
+
+_COMPILED = """
+import triton.language as tl
+from cgo.runtime.triton_kernels.optimizers import _KERNELS, BLOCK
+from support.triton_compiler import compile_kernel
+
+others = dict(rows="*i64", numbers="*fp64", counts="*fp32", skip="*fp32", models="i32")
+for dtype, wide, flag in (("fp32", tl.float32, True), ("fp64", tl.float64, False)):
+    for kernel in _KERNELS.values():
+        names = kernel.arg_names
+        constants = dict.fromkeys(names[10:13], flag) | dict(wide=wide, block=BLOCK)
+        types = {name: others.get(name, "*" + dtype) for name in names}
+        compile_kernel(kernel, types, constants, enable_fp_fusion=False)
+print("compiled")
+"""
+
+
+@pytest.mark.skipif("nvidia" not in triton.backends.backends, reason="no compiler for CUDA here")
+def test_the_compiler_for_cuda_takes_the_kernels(tmp_path):
+    assert run_compiling(_COMPILED, tmp_path) == "compiled\n"
