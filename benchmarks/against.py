@@ -33,14 +33,14 @@ _CHILD = """
 import json, sys, time
 import torch
 torch.set_num_threads(1)
-from cgo import bench
+from cgo.bench.families import FAMILIES
 from cgo.bench.methods import all_methods
 steps = None
 for line in sys.stdin:
     asked = json.loads(line)
     started = time.perf_counter()
     if "family" in asked:
-        steps = all_methods()["cgo"].prepare(bench._models(asked["family"], asked["models"]))
+        steps = all_methods()["cgo"].prepare(FAMILIES[asked["family"]](asked["models"]))
         for _ in range(4):
             steps(1)
     else:
