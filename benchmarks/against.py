@@ -19,11 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS
+from common import RESULTS, tuned_process
 
 from cgo import bench
 from cgo.bench.families import FAMILIES
-from cgo.platforms.local import MALLOC
 
 #: A round takes as many steps as make up this time.
 _ROUND_S = 0.25
@@ -53,10 +52,10 @@ class Version:
     """A version of the package in its own process."""
 
     def __init__(self, python: str, cache: Path) -> None:
-        variables = {**os.environ, **MALLOC, "OMP_NUM_THREADS": "1", "CGO_CACHE": str(cache)}
+        variables = {**os.environ, "CGO_CACHE": str(cache)}  # others as `tuned_process` set them
         variables.pop("PYTHONPATH", None)
         self._process = subprocess.Popen(
-            [python, "-P", "-c", _CHILD],
+            [str(Path(python).absolute()), "-P", "-c", _CHILD],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -146,4 +145,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    tuned_process()
     main()
