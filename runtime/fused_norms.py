@@ -161,7 +161,8 @@ def _forward(x: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
 
     x = arranged(x)
     *rest, added, activation = given
-    return norm.forward(x, *rest, _alike(added, x), activation)
+    whole: list[Any] = [*rest, _alike(added, x), activation]
+    return norm.forward(x, *whole)
 
 
 @torch.library.impl("cgo::batch_norm_activation_backward", _DEVICES)
