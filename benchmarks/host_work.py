@@ -49,9 +49,9 @@ CASES: dict[str, dict[str, Any]] = {
 class NoReplay(Host):
     """Captures, so that all is arranged as it would be, and replays nothing."""
 
-    def capture(self, body: Callable[[], Any], generators: Any = ()) -> Captured:
+    def capture(self, body: Callable[[], Any], generators: Any = (), undone: Any = ()) -> Captured:
         """See `Accelerator`."""
-        return Captured(super().capture(body, generators).results, lambda: None)
+        return Captured(super().capture(body, generators, undone).results, lambda: None)
 
 
 def models(count: int, given: dict[str, Any]) -> list[cgo.Model]:

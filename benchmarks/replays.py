@@ -41,7 +41,7 @@ def main() -> None:
                           ("encoders", 8)):  # fmt: skip
         steps = {}
         for name, way in WAYS.items():
-            taped._fastest = way  # type: ignore[attr-defined]
+            taped.fastest = way  # type: ignore[attr-defined]
             models = FAMILIES[family](count)
             steps[name] = methods.merged(models, Tuning(measure=False, tape=True))
             steps[name](6)  # recorded, checked, and replayed from then on

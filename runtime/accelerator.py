@@ -1,10 +1,10 @@
 """The small seam between the runtime and a device: capture, streams, memory, copies.
 
 On CUDA a step is captured as a CUDA graph. Elsewhere the same is done by writing down the operator
-calls of a step and calling them again, which is no faster but keeps to the same rules: what is a
-number of Python's when the step is captured stays that number, tensors are read and written where
-they lay, and whoever looks at a value while capturing is refused. So whatever replays right on a
-CPU has nothing baked in that would be stale on a GPU.
+calls of a step and calling them again, by the same rules: what is a number of Python's when the
+step is captured stays that number, tensors are read and written where they lay, and whoever looks
+at a value while capturing is refused. So whatever replays right on a CPU has nothing baked in that
+would be stale on a GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from torch import Tensor
 
 from cgo.errors import CgoError
 from cgo.private.graph_pools import abandon
-from cgo.runtime.tape import TapeError, record_body
+from cgo.runtime.bodies import record_body
+from cgo.runtime.tape import TapeError
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +58,18 @@ class Accelerator(Protocol):
     separates: bool
 
     def capture(
-        self, body: Callable[[], Sequence[Tensor]], generators: Sequence[torch.Generator] = ()
+        self,
+        body: Callable[[], Sequence[Tensor]],
+        generators: Sequence[torch.Generator] = (),
+        undone: Sequence[Tensor] = (),
     ) -> Captured:
         """Capture a body without running it; what it writes stays as it was.
 
         Args:
             body: Works on tensors that stay where they are. Gives the tensors to keep.
             generators: Those that it draws from; each replay goes on in their streams.
+            undone: What a replay that raises `Undone` puts back, beside the generators. On CUDA no
+                replay does: there, errors of kernels end the process.
 
         Raises:
             CaptureRefused: it synchronises, or does what cannot be done again.
@@ -149,19 +155,19 @@ class Host:
         self.capturing = False
 
     def capture(
-        self, body: Callable[[], Sequence[Tensor]], generators: Sequence[torch.Generator] = ()
+        self,
+        body: Callable[[], Sequence[Tensor]],
+        generators: Sequence[torch.Generator] = (),
+        undone: Sequence[Tensor] = (),
     ) -> Captured:
-        """See `Accelerator`; the body is run once, and what it wrote is undone."""
-        states = [generator.get_state() for generator in generators]
+        """See `Accelerator`; the body is run twice, and what it wrote is undone."""
         self.capturing = True
         try:
-            results, replay = record_body(body)
+            results, replay = record_body(body, undone, generators)
         except TapeError as error:
             raise CaptureRefused(str(error)) from error
         finally:
             self.capturing = False
-            for generator, state in zip(generators, states):
-                generator.set_state(state)
         return Captured(results, replay)
 
     def side_by_side(self, branches: Sequence[Callable[[], None]]) -> None:
@@ -223,7 +229,10 @@ class Cuda:
         return torch.cuda.is_current_stream_capturing()
 
     def capture(
-        self, body: Callable[[], Sequence[Tensor]], generators: Sequence[torch.Generator] = ()
+        self,
+        body: Callable[[], Sequence[Tensor]],
+        generators: Sequence[torch.Generator] = (),
+        undone: Sequence[Tensor] = (),
     ) -> Captured:
         """See `Accelerator`."""
         # Whatever happens, the stream that was current comes back: a capture that fails to end

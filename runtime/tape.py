@@ -11,9 +11,10 @@ is part of torch, replays it without Python and without autograd.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from cgo.private import interpreter
 from cgo.private.dispatch_modes import TorchDispatchMode, current_mode
 from cgo.private.operators import OpOverload
 from cgo.private.trees import tree_iter
+
+log = logging.getLogger(__name__)
 
 #: Gives a step's values, in order, from what it reads, in order.
 Replay = Callable[..., Sequence[Tensor]]
@@ -66,6 +69,8 @@ class Tape:
     calls: tuple[Call, ...]
     results: tuple[Value, ...]
     sizes: Mapping[Value, int]  # bytes of each value
+    roots: Mapping[Value, Value] = field(default_factory=dict)  # of views, whose memory they are
+    strides: Mapping[Value, tuple[int, ...]] = field(default_factory=dict)  # of each value
 
 
 def record(
@@ -85,42 +90,10 @@ def record(
     """
     if len(set(map(id, inputs))) < len(inputs):
         raise TapeError("two inputs are one tensor")
-    recorder = _Recorder(inputs)
+    recorder = Recorder(inputs)
     with recorder:
         results = step(*inputs)
     return results, recorder.tape(results)
-
-
-def record_body(
-    body: Callable[[], Sequence[Tensor]],
-) -> tuple[Sequence[Tensor], Callable[[], None]]:
-    """Write down what a body calls, and undo what it wrote; gives its results and its replay.
-
-    Args:
-        body: Reads and writes tensors that are the same at every replay, and gives tensors.
-
-    Returns:
-        The results, and a function that calls it all again: values go into the same tensors.
-
-    Raises:
-        TapeError: as `record`.
-    """
-    recorder = _Undoing()
-    try:
-        with recorder:
-            results = list(body())
-        tape = recorder.tape(results)
-    finally:
-        recorder.undo()
-    run = interpreted(tape)
-
-    def replay() -> None:
-        with torch.no_grad():
-            for result, value in zip(results, run()):
-                if value is not result:
-                    result.detach().copy_(value)
-
-    return results, replay
 
 
 def refuse_recording() -> None:
@@ -129,7 +102,7 @@ def refuse_recording() -> None:
     Raises:
         TapeError: calls are being recorded.
     """
-    if isinstance(current_mode(), _Recorder):
+    if isinstance(current_mode(), Recorder):
         raise TapeError("compiled code makes no calls that could be written down")
 
 
@@ -214,7 +187,7 @@ def _filled(argument: Any, values: Mapping[Value, Tensor]) -> Any:
     return argument
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """Sees every call below autograd; compound operators are in parts by then."""
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
@@ -224,6 +197,11 @@ class _Recorder(TorchDispatchMode):
         self._constants: dict[Value, Tensor] = {}
         self._inputs = tuple(Value(f"i{index}") for index in range(len(inputs)))
         self._sizes: dict[Value, int] = {}
+        self._strides: dict[Value, tuple[int, ...]] = {}
+        self._roots: dict[Value, Value] = {}
+        self._places: dict[tuple[Any, ...], Value] = {}  # of values, by where they lie
+        self._same: dict[Value, Value] = {}  # of views, the first that lies there
+        self._shifted = False  # whether a value was made another view in place
         self._count = 0
         for value, tensor in zip(self._inputs, inputs):
             self._name(tensor, value)
@@ -231,6 +209,7 @@ class _Recorder(TorchDispatchMode):
     def _name(self, tensor: Tensor, value: Value) -> Value:
         self._known[tensor] = value
         self._sizes[value] = tensor.numel() * tensor.element_size()
+        self._strides[value] = tensor.stride() if tensor.layout is torch.strided else ()
         return value
 
     def __torch_dispatch__(
@@ -253,7 +232,10 @@ class _Recorder(TorchDispatchMode):
         if any(isinstance(item, (list, tuple)) for item in given):
             # Its tensors would have no name, and be taken for constants where they are read.
             raise TapeError(f"{func}: gives lists of tensors among its results")
-        self._calls.append(Call(func, arguments, tuple(map(self._output, given)), listed))
+        reads = [item for item in tree_iter((args, kwargs)) if isinstance(item, Tensor)]
+        outputs = tuple(self._output(item, reads) for item in given)
+        self._calls.append(Call(func, arguments, outputs, listed))
+        self._shifted |= torch.Tag.inplace_view in func.tags
         return result
 
     def _argument(self, given: Any) -> Any:
@@ -270,40 +252,54 @@ class _Recorder(TorchDispatchMode):
             self._constants[known] = tensor.detach()
         return known
 
-    def _output(self, given: Any) -> Value | None:
+    def _output(self, given: Any, reads: Sequence[Tensor]) -> Value | None:
         if not isinstance(given, Tensor):
             return None
         known = self._known.get(given)  # what is written in place is the tensor that it was
         if known is None:
             known = self._name(given, Value(f"v{self._count}"))
             self._count += 1
+            self._place(given, known, reads)
         return known
 
+    def _place(self, given: Tensor, value: Value, reads: Sequence[Tensor]) -> None:
+        """Note of a view what it is a view of, and whether another lies where it does."""
+        memory = _memory(given)
+        for tensor in reads if memory else ():
+            if _memory(tensor) == memory:
+                self._roots[value] = root = self._rooted(tensor)
+                first = self._places.setdefault(_lying(given, root), value)
+                if first != value:
+                    self._same[value] = first
+                return
+
+    def _rooted(self, tensor: Tensor) -> Value:
+        """What a tensor is a view of, or itself; that lies where it lies."""
+        value = self._value(tensor)
+        root = self._roots.get(value, value)
+        self._places.setdefault(_lying(tensor, root), value)
+        return root
+
     def tape(self, results: Sequence[Tensor]) -> Tape:
+        """What was recorded, with these results; raises `TapeError`."""
         if any(result not in self._known for result in results):
             raise TapeError("a result comes from no recorded call")
         found = tuple(self._known[result] for result in results)
         calls = tuple(self._calls)
-        return _simplified(Tape(self._inputs, self._constants, calls, found, self._sizes))
+        known = self._sizes, self._roots, self._strides
+        tape = Tape(self._inputs, self._constants, calls, found, *known)
+        return _simplified(tape, {} if self._shifted else self._same)
 
 
-class _Undoing(_Recorder):
-    """Keeps what each foreign tensor held when it was first seen."""
+def _memory(tensor: Tensor) -> int:
+    """Where its memory begins; 0 where it has none of its own."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
 
-    def __init__(self) -> None:
-        super().__init__(())
-        self._before: list[tuple[Tensor, Tensor]] = []
 
-    def _value(self, tensor: Tensor) -> Value:
-        if tensor not in self._known:
-            self._before.append((tensor.detach(), tensor.detach().clone()))
-        return super()._value(tensor)
-
-    def undo(self) -> None:
-        """Backwards: of two views of one memory, the earlier saw it before anybody wrote there."""
-        with torch.no_grad():
-            for tensor, before in reversed(self._before):
-                tensor.copy_(before)
+def _lying(tensor: Tensor, root: Value) -> tuple[Any, ...]:
+    """Where a view lies, and how."""
+    kind = tensor.dtype, tensor.is_conj(), tensor.is_neg()
+    return root, tensor.storage_offset(), tensor.shape, tensor.stride(), kind
 
 
 def _refuse(func: OpOverload, args: Any, kwargs: Any) -> None:
@@ -323,14 +319,24 @@ def _refuse(func: OpOverload, args: Any, kwargs: Any) -> None:
 _SAME = frozenset({torch.ops.aten.detach.default, torch.ops.aten.alias.default})
 
 
-def _simplified(tape: Tape) -> Tape:
-    """Without calls that give their input as it is, and without those that nobody needs."""
+def _simplified(tape: Tape, views: Mapping[Value, Value]) -> Tape:
+    """Without calls that give what is there already, and without those that nobody needs.
+
+    Args:
+        tape: As it was recorded.
+        views: Of some values, an earlier one that is the same view of the same memory.
+    """
     same: dict[Value, Value] = {}
     calls: list[Call] = []
     for call in tape.calls:
-        call = replace(call, arguments=_renamed(call.arguments, same))
-        if call.op in _SAME and call.outputs[0] is not None:
-            same[call.outputs[0]] = call.arguments["self"]
+        given = _renamed(call.arguments, same)
+        outputs = tuple(None if o is None else same.get(o, o) for o in call.outputs)
+        call = replace(call, arguments=given, outputs=outputs)
+        alone = outputs[0] if len(outputs) == 1 and not call.listed else None
+        if call.op in _SAME and alone is not None:
+            same[alone] = call.arguments["self"]
+        elif alone is not None and alone in views and not call.op._schema.is_mutable:
+            same[alone] = same.get(views[alone], views[alone])
         else:
             calls.append(call)
     results = tuple(same.get(result, result) for result in tape.results)
@@ -390,6 +396,18 @@ def compile_tape(tape: Tape) -> Replay:
         return results
 
     return replay
+
+
+def fastest(tape: Tape) -> Replay:
+    """TorchScript's interpreter, or Python where that refuses the tape, or is no more.
+
+    `benchmarks/replays.py` has how they compare; either is faster than the plain step.
+    """
+    try:
+        return compile_tape(tape)
+    except TapeError as error:
+        log.info("a step is replayed from Python: %s", error)
+        return interpreted(tape)
 
 
 def _source(tape: Tape, constants: Sequence[Value]) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,12 +35,12 @@ def compiled(source: str, name: str, names: Callable[[str], Any]) -> Any:
     return unit.find_function(name)
 
 
-@contextlib.contextmanager
-def unoptimised() -> Iterator[None]:
+class unoptimised:
     """Run functions as they are written: another order would give other bits."""
-    before = torch._C._get_graph_executor_optimize()
-    torch._C._set_graph_executor_optimize(False)
-    try:
-        yield
-    finally:
-        torch._C._set_graph_executor_optimize(before)
+
+    def __enter__(self) -> None:
+        self._before = torch._C._get_graph_executor_optimize()
+        torch._C._set_graph_executor_optimize(False)
+
+    def __exit__(self, *error: object) -> None:
+        torch._C._set_graph_executor_optimize(self._before)

@@ -27,7 +27,7 @@ class Uneven:
     def __init__(self):
         self.calls = []
 
-    def capture(self, body, generators=()):
+    def capture(self, body, generators=(), undone=()):
         before = len(self.calls)
         results = body()
         return Captured(results, range(len(self.calls) - before).__len__)

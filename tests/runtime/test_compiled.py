@@ -250,7 +250,7 @@ class Simulated:
 
     device = torch.device("cuda")
 
-    def capture(self, body, generators=()):
+    def capture(self, body, generators=(), undone=()):
         counted = Counted()
         with counted:
             results = body()

@@ -13,6 +13,7 @@ from cgo.graph import is_training
 from cgo.passes.assign_layouts import Option
 from cgo.planner import Planner
 from cgo.runtime import costs
+from cgo.runtime.bodies import record_body
 from cgo.runtime.choice import Rules, Way
 from cgo.runtime.cost_table import CostTable
 from cgo.runtime.costs import Timer
@@ -22,7 +23,7 @@ from cgo.runtime.forms import forms_of
 from cgo.runtime.fused_norms import evaluated, normalised, trained, trained_copying
 from cgo.runtime.measuring import Budget, Measuring
 from cgo.runtime.streams import written_by
-from cgo.runtime.tape import compile_tape, interpreted, record, record_body
+from cgo.runtime.tape import compile_tape, interpreted, record
 from cgo.runtime.triton_kernels import usable
 from cgo.runtime.tuning import Tuner
 from cgo.tuning import CHANNELS
