@@ -43,8 +43,9 @@ class Tuning:
             to repay it, by another process, while training goes on as it is. Either way it is kept
             only where it is faster, and on disk for other trials, with the table of costs.
         capture: Capture whole training steps, optimizers included, and replay them: as CUDA graphs,
-            with what can overlap on several streams. None: on a GPU, where enough steps are
-            planned. True on a CPU writes the calls down and calls them again: for tests, no faster.
+            with what can overlap on several streams, or as one tape. None: where enough steps are
+            planned; on a CPU only training steps by SGD that draw nothing. True on a CPU: all
+            steps, by a GPU's rules, for tests. False: none.
         kernels: Kernels of our own, in Triton. None: on a GPU where Triton is; norms and
             convolutions wherever they are faster by measurement, optimizers' steps and draws
             always, as they replace one launch for each model. True: by Triton's interpreter on a

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,8 +23,9 @@ from cgo.runtime.lower import Lowered
 from cgo.runtime.member import Member
 from cgo.runtime.operators import Fill, empty, filler
 from cgo.runtime.packing import PackedState
+from cgo.runtime.products import Product, collecting
 from cgo.runtime.scaling import Scaling, seeds
-from cgo.runtime.taped import Taped
+from cgo.runtime.taped import Taped, agree
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,8 @@ class Bound:
             if value is not None and value.requires_grad
         ]
         self._with_gradient: list[int] = []  # of these, once a step has been run
+        self._factored: list[int] = []  # of these, whose gradients are given as factors
+        self._factorable: list[int] | None = None  # which may be; None: no step was run yet
         self.models, self._trains = models, name.startswith("train/")
         make = partial(Taped, buffers=self._buffers, wanted=chosen.taped)
         compiled = None if chosen.improve is None else partial(chosen.improve, name)
@@ -145,6 +148,7 @@ class Bound:
         """Which losses are scaled by what; scales are read anew at every step."""
         self._scale: Tensor | None = None
         self._lanes: dict[int, Tensor] = {}
+        self._ones: dict[int, Tensor] = {}
         for position, result in self.losses:
             models = [output.model for output in result.outputs]
             if scaling is not None and scaling.covers(models):
@@ -194,6 +198,16 @@ class Bound:
         return self._step.passed()
 
     @property
+    def replaying(self) -> bool:
+        """Whether its training step is replayed, by a tape that was checked."""
+        return self._step.replaying
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """What it writes in place."""
+        return self._buffers
+
+    @property
     def count(self) -> int:
         """How many results it gives."""
         return len(self.lowered.results)
@@ -218,40 +232,103 @@ class Bound:
         Without, the step keeps its form: it is captured.
         """
         values = self._handed(leaves, drawn, undo)
+        for position in self._learning:  # what another program gave is added to
+            self._packed.products.drop(values[position])
+        earlier = {position for position in self._learning if values[position].grad is not None}
         replayed = self._step.replaying
         results = list(self._step(values, keeps=not undo))
-        if replayed:
-            several = results[len(self.lowered.results) :]
-            for position, gradient in zip(self._with_gradient, several, strict=True):
-                leaf = values[position]
-                leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
-        return results[: len(self.lowered.results)]
+        own = len(self.lowered.results)
+        self._keep(values, results[own:], earlier, replayed=replayed)
+        return results[:own]
+
+    def _keep(
+        self,
+        values: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        earlier: Collection[int],
+        *,
+        replayed: bool,
+    ) -> None:
+        """Make this step's gradients those of its sources; a plain step has, but for factors."""
+        rest = iter(gradients)
+        whole = [p for p in self._with_gradient if p not in self._factored]
+        found = {values[position]: next(rest) for position in whole}
+        for position in self._factored:
+            product = Product(next(rest), next(rest))
+            if position not in earlier:
+                self._packed.products.hold(values[position], product)
+            elif replayed:
+                found[values[position]] = product.dense()
+        for leaf, gradient in found.items() if replayed else ():
+            leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
 
     def _forward_backward(self, *values: Tensor) -> list[Tensor]:
-        """The program's results, and this step's gradient of each source that has one."""
+        """The program's results, and this step's gradient of each source that has one.
+
+        Those that are held as factors come last, each as two tensors.
+        """
         earlier = {i: values[i].grad for i in self._learning if values[i].grad is not None}
         for position in earlier:
             values[position].grad = None
         results = self.lowered(values[: len(self._values)])
-        learning = [p for p, _ in self.losses if results[p].requires_grad]
-        if learning:  # gradients of the sum of losses, without computing the sum
-            scale = values[-1]  # where one of the losses is scaled
-            torch.autograd.backward(
-                [results[position] for position in learning],
-                [
-                    seeds(scale, self._lanes[position], results[position])
-                    if position in self._lanes
-                    else torch.ones_like(results[position])
-                    for position in learning
-                ],
-            )
+        products = self._backward(values, results)
         self._with_gradient = [i for i in self._learning if values[i].grad is not None]
-        gradients = [values[i].grad for i in self._with_gradient]
+        self._factored = self._held_as_factors(values, products)
+        gradients = [values[i].grad for i in self._with_gradient if i not in self._factored]
+        for i in self._factored:
+            gradients += [products[id(values[i])].left, products[id(values[i])].right]
         for position, gradient in earlier.items():
             now = values[position].grad
             assert gradient is not None
             values[position].grad = gradient if now is None else gradient + now
         return [*(result.detach() for result in results), *gradients]  # type: ignore[list-item]
+
+    def _backward(
+        self, values: Sequence[Tensor], results: Sequence[Tensor]
+    ) -> Mapping[int, Product]:
+        """The gradients of the sum of losses, without computing the sum; noted are factors."""
+        learning = [p for p, _ in self.losses if results[p].requires_grad]
+        with collecting() as products:
+            if learning:
+                scale = values[-1]  # where one of the losses is scaled
+                torch.autograd.backward(
+                    [results[position] for position in learning],
+                    [
+                        seeds(scale, self._lanes[position], results[position])
+                        if position in self._lanes
+                        else self._one(position, results[position])
+                        for position in learning
+                    ],
+                )
+        return products.found()
+
+    def _held_as_factors(
+        self, values: Sequence[Tensor], products: Mapping[int, Product]
+    ) -> list[int]:
+        """The sources whose gradient is a product that nothing changes before it is used.
+
+        Which they may be is found at the first step: packs that one call reads, once; whose
+        gradient was the product, to the bit; and of which no factor is a leaf or a buffer, since
+        others' steps may be taken before.
+        """
+        if self._factorable is None:
+            lasting = {_memory(t) for t in (*self._values, *self._buffers) if t is not None}
+            self._factorable = [
+                i
+                for i in self._with_gradient
+                if i in self.lowered.read_once
+                and self.lowered.sources[i].packed
+                and (product := products.get(id(values[i]))) is not None
+                and lasting.isdisjoint({_memory(product.left), _memory(product.right)})
+                and agree([product.dense()], [g for g in [values[i].grad] if g is not None])
+            ]
+        return [i for i in self._factorable if id(values[i]) in products]
+
+    def _one(self, position: int, loss: Tensor) -> Tensor:
+        """What the backward of a loss starts with: made once."""
+        if position not in self._ones:
+            self._ones[position] = torch.ones_like(loss, requires_grad=False)
+        return self._ones[position]
 
     def evaluate(self, leaves: Leaves, drawn: Drawn, *, undo: bool = True) -> list[Tensor]:
         """One forward without gradients; buffers may already be written when it raises."""
@@ -291,6 +368,10 @@ class Bound:
 def lanes_of(result: LoweredResult, value: Tensor) -> Iterator[tuple[Output, Tensor]]:
     """Each output of a result with its own value."""
     return zip(result.outputs, value.unbind(0) if result.packed else [value], strict=True)
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _expected(node: Node) -> tuple[str, torch.dtype, torch.Size]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -209,6 +210,13 @@ class Builder:
             return forward(module, *values)
 
         return run
+
+    def reads(self) -> list[int]:
+        """How often the function's calls read each of its arguments."""
+        counts: Counter[fx.Node] = Counter()
+        for node in self.emitter.graph.nodes:
+            fx.map_arg((node.args, node.kwargs), lambda given: counts.update([given]))
+        return [counts[node] for node in self.emitter.graph.nodes if node.op == "placeholder"]
 
     def _leaving(self, result: Result) -> fx.Node:
         if not result.packed:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cgo.graph import ModelId
 from cgo.runtime.accelerator import Accelerator, Captured, CaptureRefused, leaves_eager
+from cgo.runtime.bodies import Undone
 from cgo.runtime.bound import Bound, Outcome, expected_leaf
 from cgo.runtime.data import Leaves
 from cgo.runtime.lanes import MergedLanes
@@ -50,7 +51,8 @@ class _Step:
 
 @dataclass
 class _Training(_Step):
-    losses: Tensor  # of the last replay, one for each model
+    models: list[ModelId]  # in the order of these:
+    losses: Tensor | None  # of the last replay, one for each model, where anybody reads them
     sums: Tensor  # of the losses times samples since they were last taken, float64
     gradients: list[tuple[Tensor, Tensor]]  # of the last replay, of leaves and parameters
     signature: tuple[int, ...]  # of the optimizer step
@@ -94,6 +96,7 @@ class CapturedLanes:
         self._evaluation: dict[_Key, _Evaluation] = {}
         self._sums: dict[ModelId, tuple[Tensor, int]] = {}  # taken from steps, for `take_sums`
         self.refused: dict[_Key, str] = {}
+        self._broken: Exception | None = None  # of a step that was replayed in part
 
     def train(self, models: Sequence[ModelId], leaves: Leaves, size: int) -> bool:
         """Take one whole training step, if it is captured; else it has to be taken eagerly."""
@@ -101,13 +104,15 @@ class CapturedLanes:
         updates = self._ready(key)
         step = self._training.get(key)
         if step is not None and step.over:  # once eagerly, in the other form; then captured anew
-            self._count(self._training.pop(key), key[2])
+            self._count(self._training.pop(key))
             self._captures[key] -= 1
             return False
-        if updates is None or not updates.prepare_again():
+        if updates is None or (step is None and not self._capturable(key)):
+            return False
+        if not updates.prepare_again():
             return False
         if step is not None and step.signature != updates.signature:
-            self._count(self._training.pop(key), key[2])
+            self._count(self._training.pop(key))
             step = None
         if step is None:
             step = self._capture_training(key, leaves, updates)
@@ -115,7 +120,18 @@ class CapturedLanes:
                 updates.unprepare()
                 return False
         step.fill(leaves)
-        step.captured.replay()
+        try:
+            step.captured.replay()
+        except Undone as error:  # an eager step finds out whose value an operator refuses
+            self._count(self._training.pop(key))
+            self._refuse(key, str(error))
+            updates.unprepare()
+            return False
+        except Exception as error:
+            if self.lanes.device.type != "cpu":  # a GPU is lost with its context
+                raise
+            self._broken = error  # some of it may be written
+            return True
         step.samples += size
         if step.waiting:
             step.over = any([bound.passed() for bound in step.waiting])
@@ -126,6 +142,9 @@ class CapturedLanes:
 
         Schedulers that go by steps, and the optimizers that step by themselves.
         """
+        if self._broken is not None:
+            error, self._broken = self._broken, None
+            return dict.fromkeys(models, error)
         updates = self.lanes.updates
         assert updates is not None
         failures = updates.finish()
@@ -136,9 +155,10 @@ class CapturedLanes:
         return failures
 
     def losses(self, models: Sequence[ModelId], size: int) -> dict[ModelId, Tensor]:
-        """Of the last replayed training step."""
+        """Of the last replayed training step, where gradients are kept as well."""
         step = self._training["train", size, tuple(models)]
-        return dict(zip(models, step.losses.clone().unbind(0)))
+        assert step.losses is not None
+        return dict(zip(step.models, step.losses.clone().unbind(0)))
 
     def hand_out(self, models: Sequence[ModelId], size: int) -> None:
         """Make the gradients of the last replayed step readable as `.grad`."""
@@ -148,16 +168,16 @@ class CapturedLanes:
 
     def take_sums(self) -> dict[ModelId, tuple[Tensor, int]]:
         """Losses times samples, and samples, of each model since the last call."""
-        for key, step in self._training.items():
-            self._count(step, key[2])
+        for step in self._training.values():
+            self._count(step)
         found, self._sums = self._sums, {}
         return found
 
-    def _count(self, step: _Training, models: Sequence[ModelId]) -> None:
+    def _count(self, step: _Training) -> None:
         """Move a step's sums to those of its models."""
         if not step.samples:
             return
-        for model, total in zip(models, step.sums.clone().unbind(0)):
+        for model, total in zip(step.models, step.sums.clone().unbind(0)):
             before, samples = self._sums.get(model, (0.0, 0))
             self._sums[model] = total + before, samples + step.samples
         step.sums.zero_()
@@ -174,7 +194,11 @@ class CapturedLanes:
         if step is None:
             return None
         step.fill(leaves)
-        step.captured.replay()
+        try:
+            step.captured.replay()
+        except Undone as error:
+            self._refuse(key, str(error))
+            return None
         pending = [result.clone() for result in step.captured.results]
         outcomes: dict[ModelId, Outcome] = {}
         for bound in step.bounds:
@@ -184,8 +208,9 @@ class CapturedLanes:
 
     def _ready(self, key: _Key) -> Updates | None:
         """The optimizer step, where the lanes are packed for these models, and may be captured."""
-        if not self.lanes.wants_capture(key[2]):
-            self._clear()  # before anything is packed anew: graphs hold their memory
+        if not self.lanes.wants_capture(key[2], key[0]):
+            if not self.lanes.wants_capture(key[2], "train"):
+                self._clear()  # before anything is packed anew: graphs hold their memory
             return None
         updates = self.lanes.updates
         arranged = self.lanes.packing, None if updates is None else updates.version
@@ -195,9 +220,16 @@ class CapturedLanes:
         return None if key in self.refused else updates
 
     def _clear(self) -> None:
-        for (_, _, models), step in self._training.items():
-            self._count(step, models)
+        for step in self._training.values():
+            self._count(step)
         self._training, self._evaluation, self._captures, self.refused = {}, {}, Counter(), {}
+
+    def _capturable(self, key: _Key) -> bool:
+        """Whether a training step has the form that it will keep, and can be captured in it."""
+        bounds = self.lanes.settled("train", key[1], key[2])
+        if bounds is not None and not self.lanes.fits_tape(bounds):
+            self.refused[key] = "it would be no faster from a tape"
+        return bounds is not None and key not in self.refused
 
     def _capture_training(self, key: _Key, leaves: Leaves, updates: Updates) -> _Training | None:
         models = key[2]
@@ -205,30 +237,32 @@ class CapturedLanes:
         if bounds is None:
             return None
         batch = {name: leaf.clone() for name, leaf in leaves.items()}
+        order: list[ModelId] = []
         sums = torch.zeros(len(models), dtype=torch.float64, device=self.lanes.device)
         learning: list[Tensor] = []
         apart = [model for model in models if not updates.covers(model)]
         kept = self._gradients or bool(apart)
 
         def body() -> list[Tensor]:
-            losses = self.lanes.whole_step(bounds, batch)
+            order[:], losses = self.lanes.whole_step(bounds, batch)
             learning[:] = self.lanes.with_gradient(models) if kept else []
             updates.apply()
             if self.lanes.scaling is not None:
                 self.lanes.scaling.update(models)
-            stacked = torch.stack([losses[model].detach() for model in models])
-            sums.add_(stacked.double(), alpha=key[1])
-            return [stacked, *(leaf.grad for leaf in learning if leaf.grad is not None)]
+            joined = (losses[0] if len(losses) == 1 else torch.cat(losses)).detach()
+            sums.add_(joined, alpha=key[1])
+            gradients = [leaf.grad for leaf in learning if leaf.grad is not None]
+            return [joined, *gradients] if kept else []
 
-        captured = self._captured(key, body, bounds)
+        captured = self._captured(key, body, bounds, self.lanes.buffers(bounds))
         self.lanes.forget_gradients(models)
         if captured is None:
             return None
-        losses, *gradients = captured.results
-        pairs = list(zip(learning, gradients))
+        losses = captured.results[0] if kept else None
+        pairs = list(zip(learning, captured.results[1:]))
         waiting = [bound for bound in bounds if bound.waiting]
         signature = updates.signature
-        step = _Training(captured, batch, losses, sums, pairs, signature, apart, waiting)
+        step = _Training(captured, batch, order, losses, sums, pairs, signature, apart, waiting)
         self._training[key] = step
         return step
 
@@ -252,8 +286,17 @@ class CapturedLanes:
         self._evaluation[key] = step = _Evaluation(captured, batch, bounds)
         return step
 
+    def _refuse(self, key: _Key, reason: str) -> None:
+        """Leave a step eager, until other models run."""
+        self.refused[key] = reason
+        self._tell("eager", program=f"{key[0]}/{key[1]}", models=len(key[2]), reason=reason)
+
     def _captured(
-        self, key: _Key, body: Callable[[], list[Tensor]], bounds: Sequence[Bound]
+        self,
+        key: _Key,
+        body: Callable[[], list[Tensor]],
+        bounds: Sequence[Bound],
+        undone: Sequence[Tensor] = (),
     ) -> Captured | None:
         started = time.perf_counter()
         program = f"{key[0]}/{key[1]}"
@@ -261,12 +304,14 @@ class CapturedLanes:
         try:
             if self._captures[key] > _MOST_CAPTURES:
                 raise CaptureRefused("hyper-parameters that are no learning rates keep changing")
-            captured = self._accelerator.capture(body, [g for b in bounds for g in b.generators])
+            generators = [g for bound in bounds for g in bound.generators]
+            captured = self._accelerator.capture(body, generators, undone)
         except Exception as error:
-            if not leaves_eager(error):
+            if leaves_eager(error):
+                self._refuse(key, str(error))
+            elif self.lanes.device.type != "cpu":
                 raise
-            self.refused[key] = str(error)
-            self._tell("eager", program=program, models=len(key[2]), reason=str(error))
+            # Else an operator refuses this batch: an eager step finds out whose.
             return None
         spent = time.perf_counter() - started
         self._tell("captured", program=program, models=len(key[2]), seconds=spent)

@@ -82,6 +82,7 @@ class Choice:
     limit_bytes: float = math.inf  # of a step, on top of parameters and buffers
     kernels: bool | None = None  # as `Tuning.kernels`, for optimizers
     captured: bool = False  # whole steps are captured, and replayed by the device
+    whole: bool = False  # on a CPU, training steps are, where all that they do can be taped
     recompute: bool = False  # training steps keep little for the backward
 
 

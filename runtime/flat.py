@@ -15,6 +15,7 @@ from cgo.private import many_tensors
 from cgo.runtime.accelerator import Accelerator
 from cgo.runtime.optimizers import Updater
 from cgo.runtime.packing import rehome
+from cgo.runtime.products import Product, Products
 from cgo.runtime.rows import RowSteps
 from cgo.runtime.scaling import Scaling
 from cgo.runtime.steps import Kind, Number, Part
@@ -32,8 +33,9 @@ class Piece:
     own: list[Tensor]  # the models' parameters, lane by lane
     models: list[ModelId]
 
-    def gradient(self) -> Tensor:
+    def gradient(self, products: Products) -> Tensor:
         """This step's, a row for each lane."""
+        products.compute(self.leaf)
         assert self.leaf.grad is not None
         gradient = self.leaf.grad if self.lane is None else self.leaf.grad[self.lane]
         return gradient.reshape(len(self.own), -1)
@@ -97,9 +99,11 @@ class Flat:
         accelerator: Accelerator | None = None,
         scaling: Scaling | None = None,
         *,
+        products: Products,
         kernels: bool = False,
     ) -> None:
         self.kind, self.pieces = kind, list(pieces)
+        self._products = products
         self._accelerator = accelerator
         self.models = list(dict.fromkeys(model for piece in pieces for model in piece.models))
         self.updaters = [updaters[model] for model in self.models]
@@ -128,6 +132,8 @@ class Flat:
         self.numbers: dict[str, Number] = {}  # that the rule reads
         self._vectors: dict[str, tuple[tuple[float, ...], Tensor]] = {}
         self._without: frozenset[ModelId] = frozenset()
+        limits = [updater.training.grad_clip_norm for updater in self.updaters]
+        self._clips = any(limit is not None for limit in limits)
         self._norms: Tensor | None = None
         self._limits: tuple[Tensor, Tensor] | None = None
         with torch.no_grad():
@@ -139,6 +145,11 @@ class Flat:
         self._split: list[list[Tensor]] | None = None  # values and moments by parameter, once
         self._rows = self._make_rows()
         self.fused = self._fused() if kernels else None  # all models' step by a kernel of our own
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether a CPU takes the step by rows, with settings that stay as they are."""
+        return self._rows is not None and self.kind.everywhere
 
     @property
     def steps(self) -> list[int]:
@@ -231,6 +242,9 @@ class Flat:
         if self.fused is not None:
             if self._stale:
                 self.fused.read(self.groups)
+        elif self._rows is not None:
+            if self._stale:
+                self._rows.read(self.groups)
         elif self._by_kernels:
             if self._stale and self._accelerator is not None:
                 rates = [float(group["lr"]) for group in self.groups]
@@ -267,18 +281,28 @@ class Flat:
 
     def apply(self) -> None:
         """Clip and update all models but some."""
-        gradients = self._clipped([piece.gradient() for piece in self.pieces])
-        if self.fused is not None:
-            self._fused_step(self.fused, gradients, self._without)
-        elif self._rows is not None:
-            out = frozenset(i for i, model in enumerate(self.models) if model in self._without)
-            self._rows(gradients, self.groups, out)
+        if self._rows is not None:
+            self._row_step(self._rows)
+        elif self.fused is not None:
+            self._fused_step(self.fused, self._gradients(), self._without)
         elif self._by_kernels:
-            self._kernel_step(gradients, self._without)
+            self._kernel_step(self._gradients(), self._without)
         else:
-            self._flat_step(gradients, self._without)
+            self._flat_step(self._gradients(), self._without)
         if self._copies:
             many_tensors.copy_([lane for lane, _ in self._copies], [p for _, p in self._copies])
+
+    def _gradients(self) -> list[Tensor]:
+        """Of each piece, a row a lane; clipped."""
+        return self._clipped([piece.gradient(self._products) for piece in self.pieces])
+
+    def _row_step(self, rows: RowSteps) -> None:
+        given: list[Tensor | Product] = [*self._gradients()] if self._clips else []
+        for piece in () if self._clips else self.pieces:
+            product = None if piece.lane is not None else self._products.of(piece.leaf)
+            given.append(piece.gradient(self._products) if product is None else product)
+        out = frozenset(i for i, model in enumerate(self.models) if model in self._without)
+        rows(given, self.groups, out)
 
     def _flat_step(self, gradients: Sequence[Tensor], without: frozenset[ModelId]) -> None:
         self.gradient = self._layout.joined_pieces(gradients)
@@ -397,13 +421,13 @@ class Flat:
 
     def _clipped(self, gradients: list[Tensor]) -> list[Tensor]:
         """As `clip_grad_norm_` for each model: the norm of its gradients' norms."""
-        limits = [updater.training.grad_clip_norm for updater in self.updaters]
-        if all(limit is None for limit in limits):
+        if not self._clips:
             return gradients
         norms = [torch.linalg.vector_norm(rows, dim=1) for rows in gradients]
         if self._norms is None or self._limits is None:
             self._norms = _table(self._own, len(self._positions)).to(self.values.device)
             given = {"dtype": norms[0].dtype, "device": norms[0].device}
+            limits = [updater.training.grad_clip_norm for updater in self.updaters]
             most = torch.tensor([float("inf") if m is None else m for m in limits], **given)
             self._limits = most, torch.isfinite(most)
         most, clipped = self._limits

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cgo.private.softmax import log_softmax_backward
+from cgo.runtime.products import note
 
 #: MKL computes products in columns of so many; with 10 it takes twice as long as with 16 (AVX-512),
 #: with 24 a sixth longer than with 32, beyond which it makes no difference. Rows may be any number.
@@ -65,9 +66,14 @@ class _BatchedLinear(torch.autograd.Function):
         to_rows, to_weight, to_bias = ctx.needs_input_grad
         return (
             torch.bmm(gradient, weight) if to_rows else None,
-            torch.bmm(gradient.transpose(1, 2), rows) if to_weight else None,
+            _to_weight(weight, gradient.transpose(1, 2), rows) if to_weight else None,
             gradient.sum(1) if to_bias else None,
         )
+
+
+def _to_weight(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    note(weight, left, right)
+    return torch.bmm(left, right)
 
 
 class _TurnedLinear(torch.autograd.Function):
@@ -86,7 +92,7 @@ class _TurnedLinear(torch.autograd.Function):
         to_rows, to_weight, to_bias = ctx.needs_input_grad
         return (
             torch.bmm(gradient.transpose(1, 2), weight) if to_rows else None,
-            torch.bmm(gradient, rows) if to_weight else None,
+            _to_weight(weight, gradient, rows) if to_weight else None,
             gradient.sum(2) if to_bias else None,
         )
 

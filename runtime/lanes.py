@@ -105,7 +105,7 @@ class MergedLanes:
         kernels = accelerator is not None and usable(self.device, self._chosen.kernels)
         given = updaters, self._packed.learning, accelerator, self.scaling
         try:
-            self.updates = Updates(*given, kernels=kernels)
+            self.updates = Updates(*given, products=self._packed.products, kernels=kernels)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
@@ -170,10 +170,8 @@ class MergedLanes:
         self._tell("divided", most_models=most, reason=str(failure).partition("\n")[0])
         return True
 
-    def _train(
-        self, bound: Bound, leaves: Leaves, drawn: Drawn, *, undo: bool = True
-    ) -> dict[ModelId, Result]:
-        results = bound.train(leaves, drawn, undo=undo)
+    def _train(self, bound: Bound, leaves: Leaves, drawn: Drawn) -> dict[ModelId, Result]:
+        results = bound.train(leaves, drawn)
         bound.commit(results)
         return {
             output.model: Result(loss)
@@ -210,9 +208,29 @@ class MergedLanes:
 
     # --- for whoever captures steps ---------------------------------------------------------------
 
-    def wants_capture(self, models: Sequence[ModelId]) -> bool:
+    def wants_capture(self, models: Sequence[ModelId], split: str) -> bool:
         """Whether steps of these models are to be captured; they have been run before."""
-        return self._chosen.captured and self._packed_for == tuple(models)
+        if self._packed_for != tuple(models):
+            return False
+        return self._chosen.captured or (split == "train" and self._chosen.whole)
+
+    def fits_tape(self, bounds: Sequence[Bound]) -> bool:
+        """Whether a CPU's training step does nothing but what a tape replays faster.
+
+        Draws are called one by one from Python, and of other optimizers a step with numbers that
+        lie in tensors is slower than one with Python's.
+        """
+        if self._chosen.captured:
+            return True
+        if self.updates is None or not self.updates.by_rows or self.scaling is not None:
+            return False
+        drawing = self._streams is not None or any(bound.generators for bound in bounds)
+        return not drawing and all(bound.replaying for bound in bounds)
+
+    def buffers(self, bounds: Sequence[Bound]) -> list[Tensor]:
+        """What the programs write in place beside gradients."""
+        found = {id(buffer): buffer for bound in bounds for buffer in bound.buffers}
+        return list(found.values())
 
     @property
     def packing(self) -> object:
@@ -226,16 +244,26 @@ class MergedLanes:
         found = [bound for bound in bounds if bound is not None and bound.settled]
         return found if len(found) == len(keys) else None
 
-    def whole_step(self, bounds: Sequence[Bound], leaves: Leaves) -> dict[ModelId, Tensor]:
-        """Losses of programs whose gradients and buffers are written; raises what they raise."""
+    def whole_step(
+        self, bounds: Sequence[Bound], leaves: Leaves
+    ) -> tuple[list[ModelId], list[Tensor]]:
+        """Losses of programs whose gradients and buffers are written; raises what they raise.
+
+        Returns:
+            The models, and their losses in that order, as tensors of one or more.
+        """
         drawn = [bound.draw() for bound in bounds]
         self.forget_gradients([model for bound in bounds for model in bound.models])
-        found: dict[ModelId, Tensor] = {}
+        models: list[ModelId] = []
+        losses: list[Tensor] = []
         for bound, numbers in zip(bounds, drawn):
-            results = self._train(bound, leaves, numbers, undo=False)
-            found |= {model: result.loss for model, result in results.items()}
-        self._unscale(list(found))
-        return found
+            results = bound.train(leaves, numbers, undo=False)
+            bound.commit(results)
+            for position, result in bound.losses:
+                models += [output.model for output in result.outputs]
+                losses.append(results[position].reshape(-1))
+        self._unscale(models)
+        return models, losses
 
     def forget_gradients(self, models: Sequence[ModelId]) -> None:
         """Let go of the last step's gradients."""
@@ -248,6 +276,8 @@ class MergedLanes:
         own = [p for model in models for p in self.members[model].updater.parameters]
         own = [parameter for parameter in own if id(parameter) not in self._packed.held]
         leaves = [leaf for leaf, _ in self._packed.learning]
+        for leaf in leaves:
+            self._packed.products.compute(leaf)
         return [tensor for tensor in (*leaves, *own) if tensor.grad is not None]
 
     def hand_out_gradients(self, *, anew: bool = False) -> None:

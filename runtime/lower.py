@@ -51,6 +51,7 @@ class Lowered:
     calls: int  # of torch functions
     regions: tuple[_Region, ...]
     device: torch.device
+    read_once: frozenset[int]  # positions of sources that one call reads, once, and once a step
 
     @property
     def gathers(self) -> int:
@@ -144,6 +145,7 @@ class _Lowering:
         self.written: list[Output] = []
         self.decisions: list[Decision] = []
         self.calls = 0
+        self.reads: Counter[int] = Counter()  # of each source, by calls
 
     def lowered(self) -> Lowered:
         regions = [self._region(s) for s in dict.fromkeys(self.settings.values())]
@@ -155,6 +157,7 @@ class _Lowering:
             self.calls,
             tuple(regions),
             self.device,
+            frozenset(i for i, n in self.reads.items() if n == 1 and not self.recompute),
         )
 
     def _region(self, setting: str | None) -> _Region:
@@ -179,6 +182,8 @@ class _Lowering:
         self.results += results
         self.decisions += builder.decisions
         function = builder.finish(results, recompute=self.recompute)
+        for index, count in zip(reads, builder.reads(), strict=True):
+            self.reads[index] += count
         self.calls += sum(n.op == "call_function" for n in builder.emitter.graph.nodes)
         return _Region(setting, function, reads, tuple(range(first, len(self.results))))
 

@@ -17,6 +17,7 @@ from cgo.runtime.choice import LOOP
 from cgo.runtime.emitter import runs
 from cgo.runtime.gradients import Place, learning_places
 from cgo.runtime.member import Member
+from cgo.runtime.products import Products
 
 
 @dataclass(frozen=True)
@@ -92,16 +93,20 @@ class PackedState:
             self.leaves[pack.names] = leaf
             self.place |= dict.fromkeys(pack.places, leaf)
             self.held.update(map(id, own))
+        self.products = Products()
         self._handed_out = False
 
     def zero_grad(self) -> None:
         """Forget the last step's gradients."""
         for leaf, _ in self.learning:
             leaf.grad = None
+        self.products.clear()
         self._handed_out = False
 
     def gradients(self) -> list[tuple[list[ModelId], Tensor]]:
-        """This step's gradients of leaves, each with its lanes' models."""
+        """This step's gradients of leaves, each with its lanes' models; they may be changed."""
+        for leaf, _ in self.learning:
+            self.products.drop(leaf)
         found = [([m for m, _ in pack.places], self.leaves[pack.names].grad) for pack in self.packs]
         return [(models, gradient) for models, gradient in found if gradient is not None]
 
@@ -111,6 +116,7 @@ class PackedState:
             return
         self._handed_out = True
         for leaf, own in self.learning:
+            self.products.compute(leaf)
             if leaf.grad is not None:
                 for parameter, lane in zip(own, leaf.grad.unbind(0)):
                     parameter.grad = lane

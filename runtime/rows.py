@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cgo.private import many_tensors
+from cgo.runtime.products import Product
 
 #: Elements of a block: three tensors of so many lie in the cache that cores share. With fewer,
 #: calls take longer than what a core's own cache gains.
@@ -42,6 +43,10 @@ class _Part:
             return rows
         return rows[self.lanes] if self.columns is None else rows[self.lanes, self.columns]
 
+    def owners(self, models: Sequence[int]) -> Sequence[int]:
+        """Of a leaf's rows, those whose models these are, the part's."""
+        return models if self.lanes is None else models[self.lanes]
+
 
 @dataclass(frozen=True)
 class _Block:
@@ -50,7 +55,7 @@ class _Block:
     parts: list[_Part]
     values: list[Tensor]
     moments: list[Tensor]  # empty without momentum
-    moment: Tensor | None  # the stretch as a whole
+    models: list[int]  # of each row, the position of its model
     long: bool  # it is of one leaf, whose lanes are long
     numbers: dict[str, list[Tensor]]  # of each part, a number a row
 
@@ -84,23 +89,25 @@ class RowSteps:
         }
         lanes = [count for count, _ in shapes]
         numbers = {name: rows.split(lanes) for name, rows in self._numbers.items()}
+        rest = iter(models)
+        self._owners = [[next(rest) for _ in range(count)] for count in lanes]
         self._values = _rows(values, shapes)
         self._moments = [] if moment is None else _rows(moment, shapes)
         self._blocks = [
-            self._block(
-                parts,
-                numbers,
-                None if moment is None else moment[start:end],
-                long=shapes[parts[0].leaf][1] >= _LONG,
-            )
-            for parts, start, end in _stretches(shapes)
+            self._block(parts, numbers, long=shapes[parts[0].leaf][1] >= _LONG)
+            for parts, _, _ in _stretches(shapes)
         ]
+        # Leaves whose gradient may stay the product that it is: momentum alone reads it, by lanes.
+        alone = moves and not decays and not self._nesterov
+        self._adding = [alone] * len(shapes)
+        for block in self._blocks:
+            for part in block.parts:
+                self._adding[part.leaf] &= block.long and part.columns is None
 
     def _block(
         self,
         parts: list[_Part],
         numbers: dict[str, Sequence[Tensor]],
-        moment: Tensor | None,
         *,
         long: bool,
     ) -> _Block:
@@ -110,25 +117,36 @@ class RowSteps:
         }
         values = [part.of(self._values[part.leaf]) for part in parts]
         moments = [part.of(self._moments[part.leaf]) for part in parts] if self._moments else []
-        return _Block(parts, values, moments, moment, long, own)
+        owners = [owner for part in parts for owner in part.owners(self._owners[part.leaf])]
+        return _Block(parts, values, moments, owners, long, own)
 
     def __call__(
         self,
-        gradients: Sequence[Tensor],
+        gradients: Sequence[Tensor | Product],
         groups: Sequence[Mapping[str, Any]],
         without: frozenset[int] = frozenset(),
     ) -> None:
         """Take a step.
 
         Args:
-            gradients: Of each leaf, a row a lane.
+            gradients: Of each leaf, a row a lane, or the product that it is.
             groups: Of each model, its hyper-parameters.
             without: Positions of models that stay as they are.
         """
-        self._read(groups)
+        self.read(groups)
         kept = self._kept(without) if without else []
+        dense = {
+            leaf: found.dense().flatten(1) if isinstance(found, Product) else found
+            for leaf, found in enumerate(gradients)
+            if not (isinstance(found, Product) and self._adding[leaf])
+        }
         for block in self._blocks:
-            self._step(block, [part.of(gradients[part.leaf]) for part in block.parts])
+            product = gradients[block.parts[0].leaf]
+            if isinstance(product, Product) and self._adding[block.parts[0].leaf]:
+                lanes = block.parts[0].lanes
+                self._add(block, product if lanes is None else product.lanes(lanes))
+            else:
+                self._step(block, [part.of(dense[part.leaf]) for part in block.parts])
         for row, value in kept:  # put back: nothing times NaN is nothing
             row.copy_(value)
 
@@ -136,35 +154,40 @@ class RowSteps:
         numbers = block.numbers
         if "weight_decay" in numbers:
             update = [*many_tensors.addcmul(update, block.values, numbers["weight_decay"])]
-        if block.moment is not None:
-            self._move(block, block.moment, update)
+        if block.moments:
+            self._move(block, update)
             if self._nesterov:
                 update = [*many_tensors.addcmul(update, block.moments, numbers["momentum"])]
             else:
                 update = block.moments
         many_tensors.addcmul_(block.values, update, numbers["lr"])
 
-    def _move(self, block: _Block, whole: Tensor, update: list[Tensor]) -> None:
-        """Momentum times the moment, plus the update.
+    def _add(self, block: _Block, product: Product) -> None:
+        """The step where the gradient is a product: one call computes it and adds it to momentum.
 
-        Both ways of a long block, with one number and with several, round once; those of a short
-        one twice. Which it is depends on a lane's own length alone.
+        With one number and with several it is the same arithmetic, lane by lane.
         """
-        several = block.numbers["momentum"]
-        if block.long:
-            (moment,), (given,) = block.moments, update
+        (moment,) = block.moments
+        left, right = product.left, product.right
+        into = moment.view(len(moment), left.shape[1], right.shape[2])
+        if self._momentum is not None:
+            into.baddbmm_(left, right, beta=self._momentum)
+        else:
+            for lane, model in enumerate(block.models):
+                own, momentum = slice(lane, lane + 1), self._known["momentum"][model]
+                into[own].baddbmm_(left[own], right[own], beta=momentum)
+        many_tensors.addcmul_(block.values, block.moments, block.numbers["lr"])
+
+    def _move(self, block: _Block, update: list[Tensor]) -> None:
+        """Momentum times the moment, plus the update; with one number and several, rounded once."""
+        for moment, given, momentum in zip(block.moments, update, block.numbers["momentum"]):
             if self._momentum is None:
-                torch.addcmul(given, moment, several[0], out=moment)
+                torch.addcmul(given, moment, momentum, out=moment)
             else:
                 torch.add(given, moment, alpha=self._momentum, out=moment)
-            return
-        if self._momentum is None:
-            many_tensors.mul_(block.moments, several)
-        else:
-            whole.mul_(self._momentum)
-        many_tensors.add_(block.moments, update)
 
-    def _read(self, groups: Sequence[Mapping[str, Any]]) -> None:
+    def read(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Read the models' hyper-parameters, for the next step."""
         for name in self._names:
             found = [float(group[name]) for group in groups]
             if found == self._known.get(name):
@@ -178,12 +201,10 @@ class RowSteps:
 
     def _kept(self, without: frozenset[int]) -> list[tuple[Tensor, Tensor]]:
         """The rows of some models, and what they hold now."""
-        models = iter(self._models.tolist())
-        owners = [[next(models) for _ in rows] for rows in self._values]
         found = [
             tensor[lane]
             for tensors in (self._values, self._moments)
-            for tensor, own in zip(tensors, owners)
+            for tensor, own in zip(tensors, self._owners)
             for lane, model in enumerate(own)
             if model in without
         ]

@@ -168,6 +168,7 @@ class Tuner:
             improve=improve,
             kernels=self.tuning.kernels,
             captured=captured,
+            whole=taped and self.device.type == "cpu" and self.tuning.capture is None,
             images_last=last,
             limit_bytes=self._limit_bytes(),
             recompute=self.tuning.checkpoint,

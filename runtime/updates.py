@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from cgo.graph import ModelId
 from cgo.runtime.accelerator import Accelerator
 from cgo.runtime.flat import Flat, Piece
 from cgo.runtime.optimizers import Updater
+from cgo.runtime.products import Products
 from cgo.runtime.scaling import Scaling
 from cgo.runtime.steps import Kind, kind_rule, settings
 
@@ -44,6 +46,7 @@ class Updates:
         accelerator: Accelerator | None = None,
         scaling: Scaling | None = None,
         *,
+        products: Products | None = None,
         kernels: bool = False,
     ) -> None:
         """Arrange parameters that have a gradient now; those of other models stay where they are.
@@ -54,11 +57,13 @@ class Updates:
             accelerator: Where rates and counts of steps lie as tensors, so that `apply` can be
                 captured; None: they are Python's.
             scaling: Knows of models whose scaled gradients have overflowed: they stay as they are.
+            products: The leaves' gradients that are held as factors.
             kernels: Take the step by kernels of our own, where there is an accelerator.
         """
         self.version = next(_VERSIONS)  # of the arrangement
         self._updaters = dict(updaters)
         self._accelerator, self._scaling = accelerator, scaling
+        self._products = products or Products()
         self._kernels = kernels and accelerator is not None
         self._learning = list(learning)
         self._rules = {model: kind_rule(updater) for model, updater in self._updaters.items()}
@@ -72,6 +77,11 @@ class Updates:
     def covers(self, model: ModelId) -> bool:
         """Whether `step` updates this model."""
         return self._plan.get(model) is not None
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether all models' steps are taken so: with numbers that lie in tensors, on a CPU."""
+        return all(map(self.covers, self._updaters)) and all(flat.by_rows for flat in self._flats)
 
     def step(self, without: frozenset[ModelId] = frozenset()) -> dict[ModelId, Exception]:
         """Clip, update, and step the schedulers that go by steps.
@@ -179,7 +189,10 @@ class Updates:
         return {m: k if m not in scaled or (k and k.on_device) else None for m, k in found.items()}
 
     def _having_gradients(self) -> list[bool]:
-        return [leaf.grad is not None for leaf in self._leaves]
+        return [self._learns(leaf) for leaf in self._leaves]
+
+    def _learns(self, leaf: Tensor) -> bool:
+        return leaf.grad is not None or self._products.of(leaf) is not None
 
     def _arrange(self) -> list[Flat]:
         covered = {m: u for m, u in self._scheduled.items() if self.covers(m)}
@@ -197,7 +210,7 @@ class Updates:
         self._leaves = [leaf for leaf, _ in self._learning]
         for leaf, own in self._learning:
             packed.update(map(id, own))
-            if leaf.grad is None:
+            if not self._learns(leaf):
                 continue
             models = [owner[id(parameter)] for parameter in own]
             kinds = [self._plan[model] for model in models]
@@ -219,7 +232,8 @@ class Updates:
                     pieces.setdefault(kind, []).append(alone)
         self._arranged = self._having_gradients()
         given = self._updaters, self._accelerator, self._scaling
-        return [Flat(kind, found, *given, kernels=self._kernels) for kind, found in pieces.items()]
+        make = partial(Flat, products=self._products, kernels=self._kernels)
+        return [make(kind, found, *given) for kind, found in pieces.items()]
 
 
 def _group(updater: Updater) -> dict[str, Any]:

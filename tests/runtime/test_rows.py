@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cgo.runtime import rows
+from cgo.runtime.products import Product
 from cgo.runtime.rows import RowSteps
 
 SHAPES = [(4, 3), (7,), (40,), (3, 90)]  # beside a block of 64 elements: small, and two large
@@ -125,3 +126,64 @@ def test_blocks_cover_everything_once(monkeypatch):
     assert edges[0][0] == 0
     assert edges[-1][1] == 3 * (12 + 7 + 40 + 270) + 5
     assert max(end - start for start, end in edges) <= 64
+
+
+def stepped(products, given, seeds, steps=3, dtype=torch.float64):
+    """Lanes after some steps in which the last leaf's gradient is a product, held or computed."""
+    drawn = [torch.Generator().manual_seed(300 + seed) for seed in seeds]
+    lanes = Lanes(given, dtype, seeds)
+    for found in zip(*(gradients_of(seed, steps, dtype) for seed in seeds)):
+        left = torch.stack([torch.randn(3, 2, generator=g, dtype=dtype) for g in drawn])
+        right = torch.stack([torch.randn(2, 90, generator=g, dtype=dtype) for g in drawn])
+        leaves = [torch.stack(leaf).flatten(1) for leaf in zip(*found)]
+        product = Product(left, right)
+        leaves[-1] = product if products else product.dense().flatten(1)
+        lanes.step(leaves, given)
+    return lanes
+
+
+@pytest.mark.usefixtures("block")
+@pytest.mark.parametrize("decays", [False, True])
+@pytest.mark.parametrize(("moves", "nesterov"), [(False, False), (True, False), (True, True)])
+def test_a_product_is_the_gradient_that_it_is(decays, moves, nesterov):
+    given = settings(3, decays, moves, nesterov)
+    held, computed = (stepped(products, given, range(3)) for products in (True, False))
+    torch.testing.assert_close(held.values, computed.values, rtol=1e-12, atol=1e-12)
+    if moves:
+        torch.testing.assert_close(held.moment, computed.moment, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_neighbours_of_other_momentum_change_no_bit_where_gradients_are_products(
+    dtype, monkeypatch
+):
+    monkeypatch.setattr(rows, "_LONG", 32)
+    alike, others = settings(3, False, True, False), settings(3, False, True, False)
+    for lane in range(3):
+        alike[lane]["momentum"] = others[0]["momentum"]
+    found = [stepped(True, given, range(3), dtype=dtype).lane(0) for given in (alike, others)]
+    assert torch.equal(*found)
+
+
+def test_a_product_is_added_to_momentum_where_that_lies(monkeypatch):
+    """Long lanes, momentum alone: the gradient is never written."""
+    monkeypatch.setattr(rows, "_LONG", 32)
+    monkeypatch.setattr(Product, "dense", None)
+    stepped(True, settings(3, False, True, False), range(3))
+    with pytest.raises(TypeError):  # decay has to be added to it
+        stepped(True, settings(3, True, True, False), range(3))
+
+
+def test_a_lane_left_out_is_put_back_where_its_gradient_is_a_product(monkeypatch):
+    monkeypatch.setattr(rows, "_LONG", 32)
+    given = settings(2, False, True, False)
+    lanes = Lanes(given, torch.float64, range(2))
+    before = lanes.lane(1).clone(), lanes.moment.clone()
+    leaves = [torch.zeros(2, math.prod(shape), dtype=torch.float64) for shape in SHAPES[:-1]]
+    left = torch.ones(2, 3, 1, dtype=torch.float64)
+    left[1] = math.nan
+    product = Product(left, torch.ones(2, 1, 90, dtype=torch.float64))
+    lanes.step([*leaves, product], given, frozenset({1}))
+    assert torch.equal(lanes.lane(1), before[0])
+    assert lanes.moment.isfinite().all()
+    assert not torch.equal(lanes.moment, before[1])

@@ -392,6 +392,54 @@ def outputs(count, width=16):
     return nn.Sequential(*layers)
 
 
+def deep(count, width=16):
+    """As `outputs`, with a layer between."""
+    first, *rest = outputs(count, width)
+    between = [nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+    return nn.Sequential(first, *between, rest[-1])
+
+
+class Recurrent(nn.Module):
+    """Wide enough that a step's factors are smaller than the weights' gradient."""
+
+    def __init__(self, kind, hidden=48):
+        super().__init__()
+        self.body = getattr(nn, kind)(8, hidden, batch_first=True)
+        self.head = nn.Linear(hidden, 10)
+
+    def forward(self, x):
+        return self.head(self.body(x.squeeze(1))[0][:, -1])
+
+
+def recurrent(kind):
+    return Recurrent(kind)
+
+
+class Attending(nn.Module):
+    """Attends to what a layer makes of a table that is learned, or of a buffer that moves."""
+
+    def __init__(self, learned, width=64):
+        super().__init__()
+        self.first, self.between = nn.Linear(64, width), nn.Linear(width, width)
+        self.head = nn.Linear(width, 10)
+        self.learned, table = learned, torch.randn(4, width)
+        if learned:
+            self.table = nn.Parameter(table)
+        else:
+            self.register_buffer("table", table)
+
+    def forward(self, x):
+        x = self.first(x.flatten(1))
+        keys = self.between(self.table)
+        if self.training and not self.learned:
+            self.table = 0.5 * self.table + 0.5 * x.detach().mean(0, keepdim=True)
+        return self.head((x @ keys.t()).softmax(-1) @ keys + x)
+
+
+def attending(learned):
+    return Attending(learned)
+
+
 def language(words=11, width=8):
     """Tokens (N, T) to (N, T, V)."""
     return nn.Sequential(nn.Embedding(words, width), nn.Linear(width, width), nn.ReLU(),
