@@ -152,6 +152,11 @@ class Flat:
         return self._rows is not None and self.kind.everywhere
 
     @property
+    def nbytes(self) -> int:
+        """Of parameters and moments."""
+        return self.values.nbytes + sum(moment.nbytes for moment in self.moments.values())
+
+    @property
     def steps(self) -> list[int]:
         """How many each model has taken, by the host's count."""
         return [begun + self._taken for begun in self._begun]

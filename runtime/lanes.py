@@ -34,6 +34,9 @@ from cgo.tuning import Tuning
 
 log = logging.getLogger(__name__)
 
+#: Of what memory is free, what may be copied for a moment when a CPU's step is written down.
+_COPIED_SHARE = 0.25
+
 
 class MergedLanes:
     """Captured models, computed by one program."""
@@ -223,6 +226,8 @@ class MergedLanes:
         if self._chosen.captured:
             return True
         if self.updates is None or not self.updates.by_rows or self.scaling is not None:
+            return False
+        if self.updates.nbytes > _COPIED_SHARE * accelerator_for(self.device).free_bytes():
             return False
         drawing = self._streams is not None or any(bound.generators for bound in bounds)
         return not drawing and all(bound.replaying for bound in bounds)

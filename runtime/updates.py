@@ -83,6 +83,11 @@ class Updates:
         """Whether all models' steps are taken so: with numbers that lie in tensors, on a CPU."""
         return all(map(self.covers, self._updaters)) and all(flat.by_rows for flat in self._flats)
 
+    @property
+    def nbytes(self) -> int:
+        """Of all parameters that are updated together, and their moments."""
+        return sum(flat.nbytes for flat in self._flats)
+
     def step(self, without: frozenset[ModelId] = frozenset()) -> dict[ModelId, Exception]:
         """Clip, update, and step the schedulers that go by steps.
 

@@ -235,3 +235,38 @@ def test_generators_are_put_back_with_what_was_written():
     looking.index[0] = 0
     replay()
     assert not torch.equal(generator.get_state(), state)
+
+
+def test_running_statistics_that_no_schema_speaks_of_are_undone():
+    x, mean, var = torch.randn(8, 3), torch.zeros(3), torch.ones(3)
+    weight, bias = torch.ones(3), torch.zeros(3)
+
+    def body():
+        norm = torch.ops.aten.native_batch_norm
+        return [norm(x, weight, bias, mean.view(3), var, True, 0.1, 1e-5)[0]]
+
+    _, replay = record_body(body, [mean, var])
+    assert mean.tolist() == [0, 0, 0]
+    replay()
+    torch.testing.assert_close(mean, 0.1 * x.mean(0))
+
+
+def test_only_what_is_written_is_copied(monkeypatch):
+    table, memory = torch.randn(1000, 8), torch.zeros(8)
+    recorder = bodies._Undoing()
+    with recorder:
+        memory.view(2, 4).add_(table.sum(0).view(2, 4))
+        table.t().sum()
+    assert [before.shape for _, before in recorder._before.values()] == [(2, 4)]
+    recorder.undo()
+    assert memory.tolist() == [0] * 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.bool])
+def test_large_tensors_are_compared_by_their_words(dtype, monkeypatch):
+    monkeypatch.setattr(bodies, "_COPIED_BYTES", 4)
+    one, other = torch.zeros(6, 2, dtype=dtype), torch.zeros(6, 2, dtype=dtype)
+    assert torch.equal(bodies._seen(one), bodies._seen(other))
+    other[3, 1] = 1
+    assert not torch.equal(bodies._seen(one), bodies._seen(other))
+    assert bodies._seen(one.t()).ndim == 0
