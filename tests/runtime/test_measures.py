@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
@@ -142,6 +142,8 @@ def test_calibration_and_perplexity(case):
     assert found == pytest.approx(float(loss.exp()), rel=1e-9)
     confidence, said = output[counted].double().softmax(1).max(1)
     right = (said == target[counted]).double()
+    inner = confidence[confidence < 14.5 / 15] * 15
+    assume(bool(((inner - inner.round()).abs() > 1e-4).all()))  # at an edge rounding decides
     bins = (confidence * 15).ceil().long().clamp(1, 15)
     gaps = [
         abs(float((right - confidence)[bins == k].sum())) for k in range(1, 16)
