@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from cgo.errors import CgoError
-from cgo.private import many_tensors
 from cgo.private.operators import OpOverload
 from cgo.runtime.tape import Call, Recorder, Tape, TapeError, Value, fastest, invoke
-from cgo.runtime.taped import agree
+from cgo.runtime.taped import agree, restore
 
 #: Larger tensors are not copied, to be compared.
 _COPIED_BYTES = 2**22
@@ -250,23 +249,17 @@ def _replay(
     before = [torch.empty_like(tensor.detach()) for tensor in undone]
 
     def replay() -> None:
-        _copy(before, undone)
+        restore(before, undone)
         states = [generator.get_state() for generator in generators]
         try:
             values = first()
         except Exception as error:
-            _copy(undone, before)
+            restore(undone, before)
             _set_states(generators, states)
             raise Undone(f"{type(error).__name__}: {error}") from error
         last(*values)
 
     return replay
-
-
-def _copy(into: list[Tensor], values: list[Tensor]) -> None:
-    if into:
-        with torch.no_grad():
-            many_tensors.copy_(into, values)
 
 
 def divided(tape: Tape, kept: Collection[Value]) -> tuple[Tape, Tape]:

@@ -25,6 +25,7 @@ from cgo.runtime.operators import Fill, empty, filler
 from cgo.runtime.packing import PackedState
 from cgo.runtime.products import Product, collecting
 from cgo.runtime.scaling import Scaling, seeds
+from cgo.runtime.tape import memory_of
 from cgo.runtime.taped import Taped, agree
 
 
@@ -312,14 +313,14 @@ class Bound:
         others' steps may be taken before.
         """
         if self._factorable is None:
-            lasting = {_memory(t) for t in (*self._values, *self._buffers) if t is not None}
+            lasting = {memory_of(t) for t in (*self._values, *self._buffers) if t is not None}
             self._factorable = [
                 i
                 for i in self._with_gradient
                 if i in self.lowered.read_once
                 and self.lowered.sources[i].packed
                 and (product := products.get(id(values[i]))) is not None
-                and lasting.isdisjoint({_memory(product.left), _memory(product.right)})
+                and lasting.isdisjoint({memory_of(product.left), memory_of(product.right)})
                 and agree([product.dense()], [g for g in [values[i].grad] if g is not None])
             ]
         return [i for i in self._factorable if id(values[i]) in products]
@@ -368,10 +369,6 @@ class Bound:
 def lanes_of(result: LoweredResult, value: Tensor) -> Iterator[tuple[Output, Tensor]]:
     """Each output of a result with its own value."""
     return zip(result.outputs, value.unbind(0) if result.packed else [value], strict=True)
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 def _expected(node: Node) -> tuple[str, torch.dtype, torch.Size]:

@@ -264,9 +264,9 @@ class Recorder(TorchDispatchMode):
 
     def _place(self, given: Tensor, value: Value, reads: Sequence[Tensor]) -> None:
         """Note of a view what it is a view of, and whether another lies where it does."""
-        memory = _memory(given)
+        memory = memory_of(given)
         for tensor in reads if memory else ():
-            if _memory(tensor) == memory:
+            if memory_of(tensor) == memory:
                 self._roots[value] = root = self._rooted(tensor)
                 first = self._places.setdefault(_lying(given, root), value)
                 if first != value:
@@ -291,7 +291,7 @@ class Recorder(TorchDispatchMode):
         return _simplified(tape, {} if self._shifted else self._same)
 
 
-def _memory(tensor: Tensor) -> int:
+def memory_of(tensor: Tensor) -> int:
     """Where its memory begins; 0 where it has none of its own."""
     return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
 

@@ -113,7 +113,7 @@ class Taped:
             return results
         except TapeError as error:
             self._give_up(str(error))
-            _restore(self._buffers, before)
+            restore(self._buffers, before)
             return self._step(*inputs)
 
     def _checked(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -127,7 +127,7 @@ class Taped:
             self._replay = self._trusted(tape, inputs, before, [*results, *after])
         except TapeError as error:
             self._give_up(str(error))
-        _restore(self._buffers, after)
+        restore(self._buffers, after)
         return results
 
     def _trusted(
@@ -138,7 +138,7 @@ class Taped:
         expected: Sequence[Tensor],
     ) -> Replay:
         replay = fastest(tape)
-        _restore(self._buffers, before)
+        restore(self._buffers, before)
         try:
             found = [*replay(*inputs), *self._buffers]
         except RuntimeError as error:
@@ -147,7 +147,7 @@ class Taped:
             raise TapeError("the replay does not give the same bits")
         if self._compiled is None:
             return replay
-        _restore(self._buffers, before)
+        restore(self._buffers, before)
         made = self._compiled(tape, replay, inputs)
         if not isinstance(made, Later):
             return made or replay
@@ -155,7 +155,7 @@ class Taped:
         if not made.due(self._runs):
             self._later = made
             return current
-        _restore(self._buffers, before)
+        restore(self._buffers, before)
         return made.finish(self._runs, inputs, current) or current
 
     def _swapped(self, later: Later, current: Replay, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -163,12 +163,12 @@ class Taped:
         before = _clones(self._buffers)
         results = [result.clone() for result in current(*inputs)]
         after = _clones(self._buffers)
-        _restore(self._buffers, before)
+        restore(self._buffers, before)
         self._later = None
         try:
             self._replay = later.finish(self._runs, inputs, current) or current
         finally:
-            _restore(self._buffers, after)
+            restore(self._buffers, after)
         return results
 
     def _give_up(self, reason: str) -> None:
@@ -180,7 +180,8 @@ def _clones(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in tensors]
 
 
-def _restore(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+def restore(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Write values into tensors."""
     if tensors:
         with torch.no_grad():
             many_tensors.copy_(list(tensors), list(values))
