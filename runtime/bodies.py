@@ -9,7 +9,7 @@ a value, a class that the model does not have, costs no more than running the st
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,8 +18,17 @@ from torch import Tensor
 
 from cgo.errors import CgoError
 from cgo.private.operators import OpOverload
-from cgo.runtime.tape import Call, Recorder, Tape, TapeError, Value, fastest, invoke
-from cgo.runtime.taped import agree, restore
+from cgo.runtime.tape import (
+    Call,
+    Recorder,
+    Tape,
+    TapeError,
+    Value,
+    invoke,
+    written,
+    written_unsaid,
+)
+from cgo.runtime.taped import agree, fastest, restore
 
 #: Larger tensors are not copied, to be compared.
 _COPIED_BYTES = 2**22
@@ -57,8 +66,8 @@ def record_body(
         with recorder:
             results = list(body())
         tape = recorder.tape(results)
-        written = [*results, *_lasting(tape)]
-        expected = list(map(_seen, written))
+        changed = [*results, *_lasting(tape)]
+        expected = list(map(_seen, changed))
     finally:
         recorder.undo()
         _set_states(generators, states)
@@ -67,7 +76,7 @@ def record_body(
     replay = _replay(tape, kept, list(undone), generators)
     try:
         replay()
-        if not agree(expected, list(map(_seen, written))):
+        if not agree(expected, list(map(_seen, changed))):
             raise TapeError("a replay of the whole does not give the same bits")
     finally:
         recorder.undo()
@@ -90,18 +99,8 @@ def _set_states(generators: Sequence[torch.Generator], states: Sequence[Tensor])
 
 def _lasting(tape: Tape) -> list[Tensor]:
     """The constants that a tape writes."""
-    found = [tape.roots.get(value, value) for call in tape.calls for value in _written(call)]
+    found = [tape.roots.get(value, value) for call in tape.calls for value in call.writes()]
     return [tape.constants[root] for root in dict.fromkeys(found) if root in tape.constants]
-
-
-#: Operators that write what they read, and whose schemas do not say so: running statistics.
-_UNSAID = frozenset(
-    {
-        torch.ops.aten.native_batch_norm.default,
-        torch.ops.aten.cudnn_batch_norm.default,
-        torch.ops.aten.miopen_batch_norm.default,
-    }
-)
 
 
 class _Undoing(Recorder):
@@ -120,8 +119,7 @@ class _Undoing(Recorder):
     ) -> Any:
         named = dict(zip((argument.name for argument in func._schema.arguments), args))
         named |= kwargs or {}
-        touched = named if func in _UNSAID else {n: named.get(n) for n in _mutable(func)}
-        for given in touched.values():
+        for given in map(named.get, [*written(func), *written_unsaid(func)]):
             for tensor in given if isinstance(given, (list, tuple)) else [given]:
                 if isinstance(tensor, Tensor):
                     self._keep(tensor)
@@ -141,12 +139,6 @@ class _Undoing(Recorder):
         with torch.no_grad():
             for tensor, before in reversed(self._before.values()):
                 tensor.copy_(before)
-
-
-def _mutable(op: OpOverload) -> list[str]:
-    """The arguments that an operator writes."""
-    arguments = op._schema.arguments
-    return [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
 
 
 def _writing(tape: Tape, results: Sequence[Tensor]) -> Tape:
@@ -182,12 +174,12 @@ def one_by_one(tape: Tape) -> Tape:
         if single is None:
             calls.append(call)
             continue
-        for index, written in enumerate(call.arguments["self"]):
+        for index, value in enumerate(call.arguments["self"]):
             own = {
                 name: given[index] if isinstance(given, tuple) else given
                 for name, given in call.arguments.items()
             }
-            calls.append(Call(single, own, (written,), False))
+            calls.append(Call(single, own, (value,), False))
     return replace(tape, calls=tuple(calls))
 
 
@@ -281,21 +273,11 @@ def divided(tape: Tape, kept: Collection[Value]) -> tuple[Tape, Tape]:
 
 
 def _read(tape: Tape, calls: Sequence[Call]) -> dict[Value, Tensor]:
-    named = {value for call in calls for value in (*call.reads(), *_written(call))}
+    named = {value for call in calls for value in (*call.reads(), *call.writes())}
     return {value: tensor for value, tensor in tape.constants.items() if value in named}
 
 
 def _lasts(call: Call, tape: Tape, kept: Collection[Value]) -> bool:
     """Whether a call writes into a constant that is not put back."""
-    roots = {tape.roots.get(value, value) for value in _written(call)}
+    roots = {tape.roots.get(value, value) for value in call.writes()}
     return any(root in tape.constants and root not in kept for root in roots)
-
-
-def _written(call: Call) -> Iterator[Value]:
-    """The values that a call writes in place."""
-    for name in _mutable(call.op):
-        yield from (v for v in _several(call.arguments.get(name)) if isinstance(v, Value))
-
-
-def _several(given: object) -> Sequence[object]:
-    return given if isinstance(given, tuple) else [given]

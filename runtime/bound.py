@@ -25,7 +25,7 @@ from cgo.runtime.operators import Fill, empty, filler
 from cgo.runtime.packing import PackedState
 from cgo.runtime.products import Product, collecting
 from cgo.runtime.scaling import Scaling, seeds
-from cgo.runtime.tape import memory_of
+from cgo.runtime.tape import memory_start
 from cgo.runtime.taped import Taped, agree
 
 
@@ -313,14 +313,14 @@ class Bound:
         others' steps may be taken before.
         """
         if self._factorable is None:
-            lasting = {memory_of(t) for t in (*self._values, *self._buffers) if t is not None}
+            lasting = {memory_start(t) for t in (*self._values, *self._buffers) if t is not None}
             self._factorable = [
                 i
                 for i in self._with_gradient
                 if i in self.lowered.read_once
                 and self.lowered.sources[i].packed
                 and (product := products.get(id(values[i]))) is not None
-                and lasting.isdisjoint({memory_of(product.left), memory_of(product.right)})
+                and lasting.isdisjoint({memory_start(product.left), memory_start(product.right)})
                 and agree([product.dense()], [g for g in [values[i].grad] if g is not None])
             ]
         return [i for i in self._factorable if id(values[i]) in products]

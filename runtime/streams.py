@@ -25,7 +25,7 @@ from cgo.runtime.accelerator import (
     leaves_eager,
     without_frames,
 )
-from cgo.runtime.tape import Call, Replay, Tape, Value, invoke
+from cgo.runtime.tape import Call, Replay, Tape, Value, invoke, written_unsaid
 from cgo.runtime.taped import agree
 
 #: What launching a kernel weighs, in bytes that it could have moved.
@@ -109,19 +109,13 @@ def is_view(call: Call) -> bool:
     return any(item.alias_info is not None for item in call.op._schema.returns)
 
 
-_STATISTICS = ("running_mean", "running_var")
-
-
 def written_by(call: Call) -> Iterable[Value]:
-    """What a call writes in place."""
-    norm = "batch_norm" in call.op._schema.name
-    for argument in call.op._schema.arguments:
-        given = call.arguments.get(argument.name)
-        # Norms update their running statistics without saying so.
-        hidden = norm and argument.name in _STATISTICS
-        if hidden or (argument.alias_info is not None and argument.alias_info.is_write):
-            items = given if isinstance(given, tuple) else (given,)
-            yield from (item for item in items if isinstance(item, Value))
+    """What a call writes in place, said or unsaid."""
+    yield from call.writes()
+    for name in written_unsaid(call.op):
+        given = call.arguments.get(name)
+        if isinstance(given, Value):
+            yield given
 
 
 def _parts(tape: Tape, before: Sequence[set[int]]) -> list[list[int]]:

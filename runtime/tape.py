@@ -11,7 +11,6 @@ is part of torch, replays it without Python and without autograd.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,8 +26,6 @@ from cgo.private import interpreter
 from cgo.private.dispatch_modes import TorchDispatchMode, current_mode
 from cgo.private.operators import OpOverload
 from cgo.private.trees import tree_iter
-
-log = logging.getLogger(__name__)
 
 #: Gives a step's values, in order, from what it reads, in order.
 Replay = Callable[..., Sequence[Tensor]]
@@ -58,6 +55,24 @@ class Call:
         """The values among the arguments."""
         for argument in self.arguments.values():
             yield from _values(argument)
+
+    def writes(self) -> Iterator[Value]:
+        """The values that it says it writes in place."""
+        for name in written(self.op):
+            yield from _values(self.arguments.get(name))
+
+
+def written(op: OpOverload) -> list[str]:
+    """The arguments that an operator says it writes."""
+    arguments = op._schema.arguments
+    return [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+
+
+def written_unsaid(op: OpOverload) -> list[str]:
+    """Those that it may write without saying so: norms' running statistics."""
+    names = [argument.name for argument in op._schema.arguments]
+    norm = "batch_norm" in op._schema.name
+    return [name for name in names if norm and name in ("running_mean", "running_var")]
 
 
 @dataclass(frozen=True)
@@ -264,9 +279,9 @@ class Recorder(TorchDispatchMode):
 
     def _place(self, given: Tensor, value: Value, reads: Sequence[Tensor]) -> None:
         """Note of a view what it is a view of, and whether another lies where it does."""
-        memory = memory_of(given)
+        memory = memory_start(given)
         for tensor in reads if memory else ():
-            if memory_of(tensor) == memory:
+            if memory_start(tensor) == memory:
                 self._roots[value] = root = self._rooted(tensor)
                 first = self._places.setdefault(_lying(given, root), value)
                 if first != value:
@@ -291,7 +306,7 @@ class Recorder(TorchDispatchMode):
         return _simplified(tape, {} if self._shifted else self._same)
 
 
-def memory_of(tensor: Tensor) -> int:
+def memory_start(tensor: Tensor) -> int:
     """Where its memory begins; 0 where it has none of its own."""
     return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
 
@@ -396,18 +411,6 @@ def compile_tape(tape: Tape) -> Replay:
         return results
 
     return replay
-
-
-def fastest(tape: Tape) -> Replay:
-    """TorchScript's interpreter, or Python where that refuses the tape, or is no more.
-
-    `benchmarks/replays.py` has how they compare; either is faster than the plain step.
-    """
-    try:
-        return compile_tape(tape)
-    except TapeError as error:
-        log.info("a step is replayed from Python: %s", error)
-        return interpreted(tape)
 
 
 def _source(tape: Tape, constants: Sequence[Value]) -> str:

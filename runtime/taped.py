@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cgo.private import many_tensors
-from cgo.runtime.tape import Replay, Tape, TapeError, fastest, record
+from cgo.runtime.tape import Replay, Tape, TapeError, compile_tape, interpreted, record
 
 log = logging.getLogger(__name__)
 
@@ -174,6 +174,18 @@ class Taped:
     def _give_up(self, reason: str) -> None:
         log.info("a step is not replayed: %s", reason)
         self.reason = reason
+
+
+def fastest(tape: Tape) -> Replay:
+    """TorchScript's interpreter, or Python where that refuses the tape, or is no more.
+
+    `benchmarks/replays.py` has how they compare; either is faster than the plain step.
+    """
+    try:
+        return compile_tape(tape)
+    except TapeError as error:
+        log.info("a step is replayed from Python: %s", error)
+        return interpreted(tape)
 
 
 def _clones(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -97,7 +97,7 @@ def test_bodies_with_calls_over_lists_need_no_python(monkeypatch):
     """TorchScript leaves out what writes a list that nobody reads again."""
     monkeypatch.setattr(bodies, "fastest", bodies.fastest)
     seen = []
-    monkeypatch.setattr("cgo.runtime.tape.interpreted", seen.append)
+    monkeypatch.setattr("cgo.runtime.taped.interpreted", seen.append)
     memory = [torch.ones(2), torch.ones(3)]
     _, replay = record_body(lambda: many_tensors.mul_(memory, memory) or [memory[0] * 1])
     replay()

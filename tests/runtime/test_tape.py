@@ -11,10 +11,10 @@ from cgo.runtime.tape import (
     _refuse,
     _source,
     compile_tape,
-    fastest,
     interpreted,
     record,
 )
+from cgo.runtime.taped import fastest
 
 
 def learning(*shape):
