@@ -70,9 +70,10 @@ def written(op: OpOverload) -> list[str]:
 
 def written_unsaid(op: OpOverload) -> list[str]:
     """Those that it may write without saying so: norms' running statistics."""
-    names = [argument.name for argument in op._schema.arguments]
-    norm = "batch_norm" in op._schema.name
-    return [name for name in names if norm and name in ("running_mean", "running_var")]
+    if "batch_norm" not in op._schema.name:
+        return []
+    names = {argument.name for argument in op._schema.arguments} - set(written(op))
+    return sorted(names & {"running_mean", "running_var"})
 
 
 @dataclass(frozen=True)
