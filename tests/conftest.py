@@ -14,6 +14,20 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 
+def pytest_addoption(parser):
+    """`--capture-way export` runs whatever captures a model with that way alone."""
+    parser.addoption(
+        "--capture-way", choices=["recording", "export"], help="how models are captured"
+    )
+
+
+def pytest_configure(config):
+    if way := config.getoption("--capture-way"):
+        import cgo.capture
+
+        cgo.capture.WAYS = (way,)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     """Measured costs of test runs stay out of the user's table."""

@@ -182,7 +182,7 @@ def test_equal_structures_are_exported_once(monkeypatch):
     exports = []
     real = torch.export.export
     monkeypatch.setattr(torch.export, "export", lambda *a, **k: exports.append(1) or real(*a, **k))
-    tool = Capturer(), Examples.of(DATA)
+    tool = Capturer(["export"]), Examples.of(DATA)
     for seed in range(3):
         assert capture(tool, "support.small:mlp", seed=seed).graph is not None
     assert len(exports) == 1  # evaluation and the last batch are made from it
@@ -193,7 +193,7 @@ def test_evaluation_is_made_from_training_only_where_that_is_true(factory, expor
     exports = []
     real = torch.export.export
     monkeypatch.setattr(torch.export, "export", lambda *a, **k: exports.append(1) or real(*a, **k))
-    found = capture((Capturer(), Examples.of(DATA)), f"support.small:{factory}")
+    found = capture((Capturer(["export"]), Examples.of(DATA)), f"support.small:{factory}")
     assert found.graph is not None
     assert len(exports) == exported
     evaluation = dump(restrict(found.graph, program="validation/12"))

@@ -46,8 +46,8 @@ def examples():
 def programs(examples, module, precision="float32"):
     capturer = Capturer()
     given = cgo.Model(module, data=DATA, training=cgo.TrainingSpec(precision=precision))
-    found = capturer._template(given, module, examples)
-    return found.programs
+    template, _ = capturer._template(given, module, None, examples)
+    return template.programs
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64", "bfloat16"])

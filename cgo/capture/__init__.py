@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -18,8 +17,12 @@ from cgo.capture.convert import Program, convert
 from cgo.capture.evaluation import in_evaluation_mode
 from cgo.capture.export import at_line, export, quiet, reason_of, source_of
 from cgo.capture.first_call import lazy, materialise, registered
+from cgo.capture.kept import Kept
+from cgo.capture.kinds import kind_of
 from cgo.capture.lightning import refuse_ignored_training
 from cgo.capture.python_state import Watched
+from cgo.capture.record import record
+from cgo.capture.traced import of_export
 from cgo.capture.validate import program_graph, validate
 from cgo.errors import CaptureError, ModelError, SpecError, UserExitError
 from cgo.graph import Graph, dump
@@ -80,19 +83,35 @@ class Captured:
 
 @dataclass(frozen=True)
 class _Template:
-    programs: Mapping[str, Program]
+    """What is the same for all models of one structure."""
+
+    programs: Mapping[str, Program] | None  # None: it cannot be captured
+    reason: str = ""  # why
+    registers: bool = False  # its first call registers buffers
 
     def digest(self, state: Mapping[str, Tensor]) -> str:
         """Equal for models whose programs and starting state are equal."""
-        texts = [dump(program_graph(program, name)) for name, program in self.programs.items()]
+        programs = self.programs or {}
+        texts = [dump(program_graph(program, name)) for name, program in programs.items()]
         return digest_of([texts, {path: tensor_hash(tensor) for path, tensor in state.items()}])
 
 
-class Capturer:
-    """Captures models; equal structures over equal shapes are exported once."""
+#: Ways of capturing, in the order in which they are tried.
+Way = Literal["recording", "export"]
+WAYS: tuple[Way, ...] = ("recording", "export")
 
-    def __init__(self) -> None:
-        self._templates: dict[str, _Template | str] = {}  # a string: why it cannot be captured
+
+class Capturer:
+    """Captures models; equal structures over equal shapes are captured once.
+
+    Args:
+        ways: How a module's programs are found; the next where one fails.
+    """
+
+    def __init__(self, ways: Sequence[Way] | None = None) -> None:
+        self._ways = tuple(WAYS if ways is None else ways)
+        self._templates: dict[str, _Template] = {}
+        self._kinds: set[str] = set()  # of recordings that were found to be right
 
     def capture(self, model: Model, examples: Examples) -> Captured:
         """Capture one model.
@@ -108,11 +127,13 @@ class Capturer:
     def _captured(
         self, model: Model, module: nn.Module, random: RandomState | None, examples: Examples
     ) -> Captured:
-        begun = _begin(model, module, random, next(iter(examples.batches.values())))
+        begun = _materialised(model, module, random, next(iter(examples.batches.values())))
         try:
             Updater(model.training, list(module.parameters()))
         except ModelError as error:
             raise ModelError(f"model {model.model_id!r}: {error}") from error
+        found, fresh = self._template(model, module, random, examples)
+        begun = begun or fresh
         state = _state_entries(module)
         entry = ModelEntry(
             id=model.model_id,
@@ -122,15 +143,14 @@ class Capturer:
             state=state,
             factory=None if random is None else Factory(str(model.module), model.kwargs),
         )
-        found = self._template(model, module, examples)
-        if isinstance(found, str):
+        if found.programs is None:
             if random is None:
                 raise ModelError(
                     f"model {model.model_id!r}: this nn.Module instance cannot be captured "
-                    f"({found}), so it cannot be sent to a trial; give a factory "
+                    f"({found.reason}), so it cannot be sent to a trial; give a factory "
                     "('package.module:callable' with kwargs) instead"
                 )
-            return Captured(replace(entry, opaque=found), None, begun=begun)
+            return Captured(replace(entry, opaque=found.reason), None, begun=begun)
         constants: dict[str, Tensor] = {}
         for program in found.programs.values():
             constants |= program.constants
@@ -152,39 +172,136 @@ class Capturer:
         module = copy.deepcopy(model.module)
         return (module.double() if model.training.precision == "float64" else module), None
 
-    def _template(self, model: Model, module: nn.Module, examples: Examples) -> _Template | str:
+    def _template(
+        self, model: Model, module: nn.Module, random: RandomState | None, examples: Examples
+    ) -> tuple[_Template, Mapping[str, Tensor] | None]:
+        """The model's programs, and the buffers that its first call registers, if any."""
         key = _structure(model, module, examples)
         known = self._templates.get(key)
         if known is None:
-            known = self._export_all(model, module, examples)
+            known, fresh = self._found(model, module, random, examples)
             self._templates[key] = known
-            return known
-        if isinstance(known, _Template):
+            return known, fresh
+        fresh = _registered(model, module, random, examples) if known.registers else None
+        if known.programs is not None:
             # Another seed, or another call of the factory, may have drawn another structure that
             # its printed form does not show: the cached graph must fit this very module.
-            name = next(iter(known.programs))
+            name = _judged(known.programs)
             try:
                 program, leaves = known.programs[name], examples.batches[name]
                 with contained:
                     validate(program, name, module, model.training, leaves, seeds=(1,))
             except (CaptureError, UserExitError):
-                return self._export_all(model, module, examples)
-        return known
+                known, more = self._found(model, module, random, examples)
+                return known, fresh or more
+        return known, fresh
 
-    def _export_all(self, model: Model, module: nn.Module, examples: Examples) -> _Template | str:
+    def _found(
+        self, model: Model, module: nn.Module, random: RandomState | None, examples: Examples
+    ) -> tuple[_Template, Mapping[str, Tensor] | None]:
+        """Capture a structure that is new, in the first way that works."""
+        if "recording" in self._ways:
+            found, fresh = self._recorded(model, module, random, examples)
+            if found.programs is not None:
+                return found, fresh
+        else:
+            fresh = _registered(model, module, random, examples)
         for name, leaves in examples.batches.items():
-            _run_eagerly(model, module, name, leaves)
-        programs: dict[str, Program] = {}
-        exports: dict[str, ExportedProgram] = {}
-        try:
-            with quiet(), contained:
-                for name, leaves in examples.batches.items():
-                    programs[name] = _program(module, model.training, name, leaves, exports)
-        except CaptureError as error:
-            return str(error)
-        except Exception as error:  # whatever a module can raise while it is traced or compared
-            return reason_of(error)
-        return _Template(programs)
+            _run_eagerly(model, module, name, leaves)  # what fails here fails alone as well
+        if "export" in self._ways:
+            found = _tried(_export_all, model, module, examples)
+        return replace(found, registers=fresh is not None), fresh
+
+    def _recorded(
+        self, model: Model, module: nn.Module, random: RandomState | None, examples: Examples
+    ) -> tuple[_Template, Mapping[str, Tensor] | None]:
+        """Record a structure, in a second attempt with what the first call registers."""
+        before = len(dict(module.named_buffers()))
+        found = _tried(_record_all, model, module, examples, self._kinds)
+        if found.programs is not None or not found.registers:
+            return found, None
+        fresh = _registered(model, module, random, examples)
+        if len(dict(module.named_buffers())) > before:
+            found = _tried(_record_all, model, module, examples, self._kinds)
+        return replace(found, registers=fresh is not None), fresh
+
+
+def _tried(way: Callable[..., Mapping[str, Program]], model: Model, *given: Any) -> _Template:
+    """What a way of capturing gives, or the reason why it gives nothing."""
+    try:
+        with quiet(), contained:
+            return _Template(way(model, *given))
+    except CaptureError as error:
+        reason = str(error)
+        registers = isinstance(error, _RegistersBuffersError)
+    except Exception as error:  # whatever a module can raise while it is watched or traced
+        reason, registers = reason_of(error), False
+    log.debug("%r: no %s: %s", model.model_id, way.__name__, reason)
+    return _Template(None, reason, registers)
+
+
+def _judged(names: Iterable[str]) -> str:
+    """The training program that is compared: the smallest batch that is not too small to tell."""
+    sizes = sorted(int(n.partition("/")[2]) for n in names if n.startswith("train/"))
+    return f"train/{next((size for size in sizes if size >= _ENOUGH), sizes[-1])}"
+
+
+#: Samples of a batch whose statistics tell one module from another.
+_ENOUGH = 8
+
+
+class _RegistersBuffersError(CaptureError):
+    """A first call registered buffers."""
+
+
+def _record_all(
+    model: Model, module: nn.Module, examples: Examples, kinds: set[str]
+) -> dict[str, Program]:
+    """Record every program; one of each kind that is new is compared with the module.
+
+    Args:
+        model: Whose.
+        module: Afterwards as it was.
+        examples: Batches.
+        kinds: Known to be right; gets those that are found to be.
+
+    Raises:
+        CaptureError: one of them cannot be recorded, or is not what the module computes.
+    """
+    kept, training = Kept(module), model.training
+    buffers = [path for path, _ in module.named_buffers()]
+    judged = _judged(examples.batches)
+    found: dict[str, Program] = {}
+    proven: set[str] = set()
+    for name in sorted(examples.batches, key=lambda name: (name != judged, name)):
+        leaves, split = examples.batches[name], name.partition("/")[0]
+        with kept.afterwards():
+            traced = record(module, training, name, leaves)
+            if [path for path, _ in module.named_buffers()] != buffers:
+                raise _RegistersBuffersError("its first call registers buffers")
+            _check_loss(model, name, traced.loss())
+            dtype, gradients = training.autocast_dtype, split == "train"
+            found[name] = convert(traced, autocast_dtype=dtype, gradients=gradients)
+            kind = kind_of(traced, module, training, split)
+            if name == judged or kind not in kinds | proven:
+                validate(found[name], name, module, training, leaves, seeds=(1,), called=True)
+                proven.add(kind)
+    kinds |= proven
+    return {name: found[name] for name in examples.batches}
+
+
+def _export_all(model: Model, module: nn.Module, examples: Examples) -> dict[str, Program]:
+    """Export every program.
+
+    Raises:
+        CaptureError: one of them cannot be captured, or is not what the module computes.
+        Exception: whatever the module, or torch, raises while it is traced.
+    """
+    exports: dict[str, ExportedProgram] = {}
+    return {
+        name: _program(module, model.training, name, leaves, exports)
+        for name, leaves in examples.batches.items()
+    }
 
 
 #: Runs of a validation; a guess has to hold at two states where nothing coincides.
@@ -198,50 +315,65 @@ def _program(
     leaves: Leaves,
     exports: dict[str, ExportedProgram],
 ) -> Program:
-    """Capture one program and validate it; `exports` holds the first export of each split.
+    """Export one program and validate it; `exports` holds the first export of each split.
 
     Exporting is most of the cost. The smaller last batch usually differs in nothing but shapes, and
     evaluation in little else: so the split's first export is tried on the new shapes, and for the
     first evaluation that of training; what validates is kept.
     """
     split = name.partition("/")[0]
-    converted = functools.partial(
-        convert, leaves=leaves, strip="module.", autocast_dtype=training.autocast_dtype
-    )
+
+    def converted() -> Program:
+        traced = of_export(exports[split], leaves, "module.")
+        return convert(traced, autocast_dtype=training.autocast_dtype)
+
     guessed = split not in exports and "train" in exports
     if guessed:
         exports[split] = in_evaluation_mode(exports["train"])
     if split in exports:
         try:
             with contained:
-                program = converted(exports[split])
+                program = converted()
                 seeds = _PROOF if guessed else _CHECK
                 validate(program, name, module, training, leaves, seeds=seeds, proven=guessed)
                 return program
         except Exception as error:
             log.debug("%s is exported by itself: %s", name, error)
     exports[split] = export(module, training, name, leaves)
-    program = converted(exports[split])
+    program = converted()
     validate(program, name, module, training, leaves)
     return program
 
 
-def _begin(
+def _materialised(
     model: Model, module: nn.Module, random: RandomState | None, leaves: Leaves
 ) -> Mapping[str, Tensor] | None:
-    """Set up what the module's first call does; gives what a trial needs to do the same."""
-    if random is None:
-        if paths := lazy(module):
-            raise ModelError(
-                f"model {model.model_id!r}: this nn.Module instance has lazy parameters "
-                f"({', '.join(paths[:3])}); call it once before it is submitted, or give a factory "
-                "('package.module:callable' with kwargs)"
-            )
+    """Give lazy parameters what a first call gives them, and a trial what it needs to do so."""
+    paths = lazy(module)
+    if not paths:
         return None
+    if random is None:
+        raise ModelError(
+            f"model {model.model_id!r}: this nn.Module instance has lazy parameters "
+            f"({', '.join(paths[:3])}); call it once before it is submitted, or give a factory "
+            "('package.module:callable' with kwargs)"
+        )
     try:
         with contained:
-            if lazy(module):
-                return materialise(module, model.training, leaves, random)
+            return materialise(module, model.training, leaves, random)
+    except Exception as error:
+        raise ModelError(_raised(model, leaves, error)) from error
+
+
+def _registered(
+    model: Model, module: nn.Module, random: RandomState | None, examples: Examples
+) -> Mapping[str, Tensor] | None:
+    """Give a factory's module the buffers that its first call registers; None: there are none."""
+    if random is None:
+        return None
+    leaves = next(iter(examples.batches.values()))
+    try:
+        with contained:
             return registered(module, model.training, leaves, model.seed)
     except Exception as error:
         raise ModelError(_raised(model, leaves, error)) from error
@@ -261,6 +393,10 @@ def _run_eagerly(model: Model, module: nn.Module, name: str, leaves: Leaves) -> 
                 loss, _ = step(*(leaf.clone() for leaf in leaves.values()))
     except Exception as error:
         raise ModelError(_raised(model, leaves, error)) from error
+    _check_loss(model, name, loss)
+
+
+def _check_loss(model: Model, name: str, loss: Any) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ModelError(
             f"model {model.model_id!r}: loss {model.training.loss} must return a scalar tensor, "

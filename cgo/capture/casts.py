@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from cgo.capture.traced import Traced
 from cgo.errors import CaptureError
 from cgo.private.autocast_lists import is_listed
 from cgo.private.operators import OpOverload
@@ -29,16 +30,14 @@ class Casts:
     dtype: torch.dtype | None
 
     @classmethod
-    def needed(cls, module: fx.GraphModule, dtype: str | None) -> Casts | None:
+    def needed(cls, traced: Traced, dtype: str | None) -> Casts | None:
         """Casts for a program of that setting; None where its module never changes it.
 
         Args:
-            module: The exported program, with its regions.
+            traced: The program.
             dtype: Of the autocast region that the program runs in, if any.
         """
-        parts = (part for part in module.modules() if isinstance(part, fx.GraphModule))
-        targets = (str(node.target) for part in parts for node in part.graph.nodes)
-        if "wrap_with_autocast" not in targets:
+        if not _changes(traced):
             return None
         return cls(None if dtype is None else getattr(torch, dtype))
 
@@ -84,6 +83,15 @@ class Casts:
             if _dtypes(_tried(overload, cast, kwargs)) == wanted:
                 return dtype
         raise CaptureError(f"operator {overload} under autocast")
+
+
+def _changes(traced: Traced) -> bool:
+    """Whether autocast is set anew within a step."""
+    if traced.owner is None:
+        settings = (node.meta.get("setting") for node in traced.graph.nodes)
+        return any(setting is not None and setting.autocast is not None for setting in settings)
+    parts = (part for part in traced.owner.modules() if isinstance(part, fx.GraphModule))
+    return any(str(n.target) == "wrap_with_autocast" for part in parts for n in part.graph.nodes)
 
 
 def castable(tensor: Any, dtype: torch.dtype) -> bool:

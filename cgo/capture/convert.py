@@ -1,4 +1,4 @@
-"""From an exported `torch.fx` graph to our functional graph.
+"""From a traced step to our functional graph.
 
 In-place operators become functional ones (`cgo.capture.aliases`), what they write of parameters and
 buffers explicit outputs; random operators become sources that are drawn before the step; `no_grad`
@@ -17,13 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
 
 from cgo.capture.aliases import Handle, Memory, View, read, write
 from cgo.capture.casts import Casts, castable
 from cgo.capture.export import at_line, is_users
 from cgo.capture.rewrites import KEEP, REWRITES
+from cgo.capture.traced import Setting, Traced
 from cgo.errors import CaptureError
 from cgo.graph import Argument, Node, Ref, Symbol, TensorType
 from cgo.operators import aten as resolve_aten
@@ -31,6 +30,7 @@ from cgo.private.fake_tensors import FakeTensorMode, unset_fake_temporarily
 from cgo.private.memory_formats import suggest_memory_format
 from cgo.private.operators import HigherOrderOperator, OpOverload
 from cgo.private.storages import shared
+from cgo.runtime.data import preserved_random_state
 from cgo.weights import tensor_hash
 
 
@@ -48,64 +48,53 @@ class Program:
     constants: dict[str, Tensor] = field(default_factory=dict)
 
 
-def convert(
-    exported: ExportedProgram,
-    leaves: Mapping[str, Tensor],
-    *,
-    strip: str,
-    autocast_dtype: str | None,
-) -> Program:
-    """Turn an exported step into a `Program`.
+def convert(traced: Traced, *, autocast_dtype: str | None, gradients: bool = True) -> Program:
+    """Turn a traced step into a `Program`.
 
     Args:
-        exported: A training-IR export of a `Step`.
-        leaves: The batch it was exported with; names and types of the inputs.
-        strip: Prefix to take off parameter and buffer paths.
+        traced: The step.
         autocast_dtype: The dtype of the autocast region the program runs in, if any.
+        gradients: Whether they were recorded when it was traced.
 
     Raises:
         CaptureError: an operator cannot be made functional, or draws random numbers in a way
             that has no rewrite; names the operator.
     """
-    return _Converter(exported, leaves, strip, autocast_dtype).run()
+    return _Converter(traced, autocast_dtype, gradients).run()
 
 
 class _Converter:
-    def __init__(
-        self,
-        exported: ExportedProgram,
-        leaves: Mapping[str, Tensor],
-        strip: str,
-        autocast_dtype: str | None,
-    ) -> None:
-        self.exported = exported
-        self.leaves = leaves
-        self.strip = strip
-        self.casts = Casts.needed(exported.graph_module, autocast_dtype)
+    def __init__(self, traced: Traced, autocast_dtype: str | None, gradients: bool) -> None:
+        self.traced, self.gradients = traced, gradients
+        self.casts = Casts.needed(traced, autocast_dtype)
         self.autocast_dtype = None if self.casts else autocast_dtype
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.nodes: list[Node] = []
-        self.values: dict[Ref, Any] = {}  # fake tensors
+        self.values: dict[Ref, Any] = {}  # fake tensors; of a recording those that it saw
         self.env: dict[fx.Node, Any] = {}  # fx value -> Handle, tuple of these, or literal
         self.state: dict[str, Memory] = {}  # of parameters and buffers, by path
         self.constants: dict[str, Tensor] = {}
         self.taken: set[str] = set()
         self.draws = 0
+        self.seen: Any = None  # what the operator at hand gave when it was recorded
         self.detached = False
 
     def run(self) -> Program:
         """Convert the whole graph."""
-        graph = self.exported.graph_module.graph
+        graph = self.traced.graph
         with self._context():
             self._placeholders(graph)
-            self._body(graph, self.exported.graph_module)
+            self._body(graph, self.traced.owner)
             loss, prediction = self._results(graph)
         updates = {path: memory.value for path, memory in self.state.items() if memory.version}
         return Program(self.nodes, loss, prediction, updates, self.constants)
 
     def _context(self) -> contextlib.ExitStack:
         stack = contextlib.ExitStack()
-        stack.enter_context(self.mode)
+        if self.traced.recorded:  # there are tensors already, and operators that draw take numbers
+            stack.enter_context(preserved_random_state())
+            stack.enter_context(torch.set_grad_enabled(self.gradients))
+        else:
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         if self.autocast_dtype is not None:
             dtype = getattr(torch, self.autocast_dtype)
             stack.enter_context(torch.autocast("cpu", dtype=dtype))
@@ -121,37 +110,31 @@ class _Converter:
     # --- sources ------------------------------------------------------------------------------
 
     def _placeholders(self, graph: fx.Graph) -> None:
-        specs = {spec.arg.name: spec for spec in self.exported.graph_signature.input_specs}
-        names = iter(self.leaves)
         for node in graph.find_nodes(op="placeholder"):
-            spec = specs[node.name]
-            match spec.kind:
-                case InputKind.PARAMETER | InputKind.BUFFER:
-                    path = str(spec.target).removeprefix(self.strip)
-                    self._state(node, path, spec.kind is InputKind.PARAMETER)
-                case InputKind.USER_INPUT:
-                    leaf = next(names)
-                    ref = self._source(leaf, "cgo.input", {"leaf": leaf}, self.leaves[leaf])
-                    self.env[node] = Handle(Memory(ref))
-                case InputKind.CONSTANT_TENSOR:
-                    self._constant(node, self.exported.constants[str(spec.target)])
-                case _:
-                    raise CaptureError(f"input {node.name} is a {spec.kind.name.lower()}")
+            source = self.traced.sources[node.name]
+            match source.kind:
+                case "parameter" | "buffer":
+                    ref = self._source(
+                        source.key,
+                        f"cgo.{source.kind}",
+                        {"path": source.key},
+                        source.value,
+                        parameter=source.kind == "parameter",
+                    )
+                    memory = self.state[source.key] = Memory(ref)
+                case "input":
+                    given = {"leaf": source.key}
+                    memory = Memory(self._source(source.key, "cgo.input", given, source.value))
+                case "constant":
+                    memory = self._constant(node, source.value)
+            self.env[node] = Handle(memory)
 
-    def _state(self, node: fx.Node, path: str, parameter: bool) -> None:
-        op = "cgo.parameter" if parameter else "cgo.buffer"
-        ref = self._source(path, op, {"path": path}, node.meta["val"], parameter=parameter)
-        self.state[path] = Memory(ref)
-        self.env[node] = Handle(self.state[path])
-
-    def _constant(self, node: fx.Node, value: Any) -> None:
-        if not isinstance(value, Tensor):
-            raise CaptureError(f"constant {node.name} is a {type(value).__name__}")
+    def _constant(self, node: fx.Node, value: Tensor) -> Memory:
         with unset_fake_temporarily():
             content = tensor_hash(value)
             self.constants[content] = value.detach().clone()
         ref = self._source(node.name, "cgo.constant", {"content": content}, value)
-        self.env[node] = Handle(Memory(ref, fixed=True))
+        return Memory(ref, fixed=True)
 
     def _source(
         self,
@@ -162,6 +145,8 @@ class _Converter:
         *,
         parameter: bool = False,
     ) -> Ref:
+        if self.traced.recorded:
+            return self._add(name, op, (), kwargs, like)
         fake = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
         if parameter:
             fake.requires_grad_(fake.is_floating_point())
@@ -169,12 +154,13 @@ class _Converter:
 
     # --- operators ----------------------------------------------------------------------------
 
-    def _body(self, graph: fx.Graph, owner: fx.GraphModule) -> None:
+    def _body(self, graph: fx.Graph, owner: fx.GraphModule | None) -> None:
         self.owner = owner
         for node in graph.nodes:
             if node.op == "call_function":
                 try:
-                    self._call(node)
+                    with self._setting(node.meta.get("setting")):
+                        self._call(node)
                 except CaptureError as error:
                     raise located(error, node) from error
             elif node.op not in ("placeholder", "output", "get_attr"):
@@ -197,6 +183,20 @@ class _Converter:
         if callable(node.target) and all(isinstance(a, (bool, int, float)) for a in args):
             return node.target(*args)
         raise CaptureError(f"{node.target} is not an ATen operator")
+
+    @contextlib.contextmanager
+    def _setting(self, setting: Setting | None) -> Iterator[None]:
+        """What was in force when a recorded operator was called."""
+        if setting is None:
+            yield
+            return
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._detaching(setting.detached))
+            stack.enter_context(torch.set_grad_enabled(self.gradients and not setting.detached))
+            if setting.autocast is not None:
+                assert self.casts is not None
+                stack.enter_context(self.casts.inside(*setting.autocast))
+            yield
 
     def _region(self, node: fx.Node) -> None:
         """Inline a region of another grad mode, or of another autocast setting."""
@@ -247,6 +247,7 @@ class _Converter:
         if overload.namespace != "aten":
             raise CaptureError(f"operator {overload} is not an ATen operator")
         written = _written(node, overload)
+        self.seen = node.meta["val"] if self.traced.recorded else None
         args = tuple(self._argument(value) for value in node.args)
         kwargs = {key: self._argument(value) for key, value in node.kwargs.items()}
         rewrite = REWRITES.get(overload._schema.name.partition("::")[2].removesuffix("_"))
@@ -270,7 +271,7 @@ class _Converter:
         if overload is torch.ops.aten.copy_.default:  # a write casts and expands
             return args[1]
         if not overload._schema.is_mutable:
-            return self.emit(str(overload), *args, name=name, **kwargs)
+            return self.emit(str(overload), *args, name=name, result=self.seen, **kwargs)
         found = functional_form(overload)
         if found is None:
             raise CaptureError(f"in-place operator {overload} has no functional form")
@@ -357,14 +358,21 @@ class _Converter:
     ) -> Handle:
         base = self.env[node.args[0]] if node.args and isinstance(node.args[0], fx.Node) else None
         aliased = any(value.alias_info is not None for value in overload._schema.returns)
-        if not aliased or not isinstance(base, Handle) or not self._shares(args[0], ref):
+        if not aliased or not isinstance(base, Handle) or not self._shares(node, index, ref):
             return Handle(Memory(ref), (), ref)
         hidden = self.detached or overload is torch.ops.aten.detach.default
         view = View(str(overload), tuple(args[1:]), dict(kwargs), index, hidden)
         return Handle(base.memory, (*base.views, view), ref, base.memory.version)
 
-    def _shares(self, one: Ref, other: Ref) -> bool:
-        left, right = self.values[one], self.values[other]
+    def _shares(self, node: fx.Node, index: int | None, found: Ref) -> bool:
+        """Whether a result lies in the memory of the first argument."""
+        base: Any = node.args[0]
+        if self.traced.recorded:
+            source = self.traced.sources.get(base.name)
+            left = base.meta["val"] if source is None else source.seen
+            right = node.meta["val"] if index is None else node.meta["val"][index]
+        else:
+            left, right = self.values[self._present(self.env[base])], self.values[found]
         if not isinstance(left, Tensor) or not isinstance(right, Tensor):
             return False
         return shared(left, right)
@@ -379,8 +387,23 @@ class _Converter:
 
     # --- emitting nodes; used by the rewrites as well -------------------------------------------
 
-    def emit(self, op: str, *args: Argument, name: str | None = None, **kwargs: Argument) -> Any:
-        """Append a node and return its Ref, or a tuple of Refs for several outputs."""
+    def emit(
+        self,
+        op: str,
+        *args: Argument,
+        name: str | None = None,
+        result: Any = None,
+        **kwargs: Argument,
+    ) -> Any:
+        """Append a node and return its Ref, or a tuple of Refs for several outputs.
+
+        Args:
+            op: The operator.
+            args: Its arguments.
+            name: For the node; by default the operator's.
+            result: What the operator gives, where that is known.
+            kwargs: Arguments by name.
+        """
         overload = resolve_aten(op)
         if overload is None:
             raise CaptureError(f"operator {op} is not known")
@@ -388,7 +411,8 @@ class _Converter:
             args = tuple(self._detach(argument) for argument in args)
         if self.casts is not None and self.casts.dtype is not None:
             args = self._cast(overload, args, kwargs)
-        result = overload(*self._fakes(args), **{k: self._fakes(v) for k, v in kwargs.items()})
+        if result is None:
+            result = overload(*self._fakes(args), **{k: self._fakes(v) for k, v in kwargs.items()})
         return self._add(name or op.split(".")[1], op, args, kwargs, result)
 
     def draw(self, distribution: str, like: Any, **kwargs: Argument) -> Ref:
@@ -403,9 +427,12 @@ class _Converter:
         """Append a training-mode batch norm: (y, new running mean, new running variance)."""
         x, weight, bias, mean, var, momentum, eps = args
         fakes = self._fakes((x, weight, bias, None, None))
-        result = torch.ops.aten.batch_norm.default(*fakes, True, momentum, eps, False)
-        # Torch's meta function keeps strides that the kernel does not; dropout masks follow them.
-        result = torch.empty_like(result, memory_format=suggest_memory_format(fakes[0]))
+        if self.seen is None:
+            result = torch.ops.aten.batch_norm.default(*fakes, True, momentum, eps, False)
+            # Torch's meta function keeps strides that the kernel does not; dropout masks follow.
+            result = torch.empty_like(result, memory_format=suggest_memory_format(fakes[0]))
+        else:
+            result = self.seen
         fakes = (result, self.values[mean].clone(), self.values[var].clone())  # type: ignore[index]
         added = self._add("batch_norm", "cgo.batch_norm", args, {}, fakes)
         return added
@@ -528,7 +555,7 @@ def located(error: CaptureError, node: fx.Node) -> CaptureError:
         return error
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     users = [(file, int(line)) for file, line in frames if is_users(file)]
-    found = CaptureError(f"{error}{at_line(users[-1] if users else None)}")
+    found = CaptureError(f"{error}{at_line(users[-1] if users else node.meta.get('line'))}")
     found.located = True  # type: ignore[attr-defined]
     return found
 

@@ -39,7 +39,7 @@ def export(module: nn.Module, training: TrainingSpec, name: str, leaves: Leaves)
     """
     evaluation = name.startswith("validation")
     probe = copy.deepcopy(module)
-    step = _Written(probe, training, tuple(leaves))
+    step = Written(probe, training, tuple(leaves))
     with preserved_random_state(), stand_ins(probe):
         if evaluation:
             with torch.no_grad(), eval_mode(step):
@@ -47,7 +47,7 @@ def export(module: nn.Module, training: TrainingSpec, name: str, leaves: Leaves)
         return torch.export.export(step, tuple(leaves.values()), strict=False)
 
 
-class _Written(Step):
+class Written(Step):
     """A step that writes buffers which its module binds anew into those that were there before."""
 
     def forward(self, *leaves: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
-"""What stands in for parts of torch while a module is exported.
+"""What stands in for parts of torch while a module is captured.
 
-Some of torch's own modules look at values where they need not, which no export survives: whether a
+Some of torch's own modules look at values where they need not, which no capture survives: whether a
 mask is the causal one, how many batches were seen. Their stand-ins compute the same from tensors.
 Every capture is compared with the module as it is, so a stand-in that did not would be found out.
 """
@@ -22,15 +22,13 @@ from cgo.private.norms import BatchNorm
 
 
 @contextlib.contextmanager
-def stand_ins(probe: nn.Module) -> Iterator[None]:
-    """Put stand-ins in place for a block.
-
-    Args:
-        probe: The module, or a copy of it that nobody else uses: it keeps its stand-ins.
-    """
-    for part in probe.modules():
-        if isinstance(part, BatchNorm) and part.momentum is None and part.track_running_stats:
-            part.forward = types.MethodType(_cumulative_norm, part)  # type: ignore[method-assign]
+def stand_ins(module: nn.Module) -> Iterator[None]:
+    """Put stand-ins in place for a block, in a module and in torch."""
+    changed = [
+        (part, vars(part).get("forward"))
+        for part in module.modules()
+        if isinstance(part, BatchNorm) and part.momentum is None and part.track_running_stats
+    ]
     plain, owner = Tensor.data, threading.get_ident()
 
     def data(tensor: Tensor) -> Tensor:
@@ -40,6 +38,8 @@ def stand_ins(probe: nn.Module) -> Iterator[None]:
 
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
+        for part, _ in changed:
+            part.forward = types.MethodType(_cumulative_norm, part)  # type: ignore[method-assign]
         # The fast path of attention in evaluation mode is one operator that nothing can merge.
         torch.backends.mha.set_fastpath_enabled(False)
         # What is written through `.data` escapes an export; through `detach()` it does not.
@@ -49,6 +49,10 @@ def stand_ins(probe: nn.Module) -> Iterator[None]:
     finally:
         del torch.Tensor.data
         torch.backends.mha.set_fastpath_enabled(fast)
+        for part, forward in changed:
+            del part.forward
+            if forward is not None:
+                part.forward = forward  # type: ignore[method-assign]
 
 
 def _said_to_be_causal(

@@ -1,9 +1,9 @@
 """Every capture is compared with the eager module before it is trusted.
 
-Both are run several times in a row from one state, each time over another order of the batch, and
-between the runs all parameters and buffers are moved to where nothing coincides that only began
-equal: a copy of a weight, an average, a gate of zero. What Python keeps between calls must not
-change.
+Both are run from one state, several times in a row where a module was exported and once where it
+was recorded, each time over another order of the batch, and before a run all parameters and buffers
+are moved to where nothing coincides that only began equal: a copy of a weight, an average, a gate
+of zero. What Python keeps between calls must not change.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cgo.capture.compare import GRADIENT, SPREAD, TOLERANCES, Found, beyond, gaps, refuse
 from cgo.capture.convert import Program
 from cgo.capture.disturb import AMOUNTS, copy_tensors, disturb, restored, tensors_of
+from cgo.capture.kept import Kept
 from cgo.capture.python_state import Watched, moved
 from cgo.errors import CaptureError
 from cgo.graph import Graph, Output, prune
@@ -57,6 +58,7 @@ def validate(
     *,
     seeds: Sequence[int] = (0, 1),
     proven: bool = False,
+    called: bool = False,
 ) -> None:
     """Run captured and eager side by side, for each seed in another order of the batch.
 
@@ -66,34 +68,37 @@ def validate(
     Args:
         program: What was captured.
         name: The program's.
-        module: What it was captured from, or one that is built alike.
+        module: What it was captured from, or one that is built alike; afterwards it is as it was.
         training: How it is trained.
         leaves: A batch.
         seeds: One, at a disturbed state, tells whether a module is built alike; what is baked into
-            a program, such as random numbers, takes two to show.
+            a program, such as random numbers, takes two to show, or a recording and one.
         proven: Refuse a module that does not run at any disturbed state.
+        called: The module has been called before, so that nothing is set up any more.
 
     Raises:
         CaptureError: they do not agree; says what differs.
     """
-    sides = _Sides(program, name, module, training)
-    watched = Watched(sides.eager, (loss_function(training.loss),))
-    before = watched.snapshot()
-    for number, seed in enumerate(seeds):
-        rolled = {key: leaf.roll(seed, 0) for key, leaf in leaves.items()}
-        disturbed = number > 0 or len(seeds) == 1
-        try:
-            sides.compare(seed, rolled, disturbed=disturbed, proven=proven)
-        except CaptureError:
-            if number == 0:
-                before = watched.snapshot()
-                sides.call_again()
-            _refuse_moved(before, watched.snapshot(), name)  # the better reason
-            raise
-        after = watched.snapshot()
-        if number:  # what a first call sets up is not there before it
-            _refuse_moved(before, after, name)
-        before = after
+    kept = Kept(module)
+    with kept.afterwards():
+        sides = _Sides(program, name, module, training, kept)
+        watched = Watched(module, (loss_function(training.loss),))
+        before = watched.snapshot()
+        for number, seed in enumerate(seeds):
+            rolled = {key: leaf.roll(seed, 0) for key, leaf in leaves.items()}
+            disturbed = number > 0 or len(seeds) == 1
+            try:
+                sides.compare(seed, rolled, disturbed=disturbed, proven=proven)
+            except CaptureError:
+                if number == 0 and not called:
+                    before = watched.snapshot()
+                    sides.call_again()
+                _refuse_moved(before, watched.snapshot(), name)  # the better reason
+                raise
+            after = watched.snapshot()
+            if number or called:  # what a first call sets up is not there before it
+                _refuse_moved(before, after, name)
+            before = after
 
 
 def _refuse_moved(before: Mapping[str, object], after: Mapping[str, object], name: str) -> None:
@@ -104,13 +109,12 @@ def _refuse_moved(before: Mapping[str, object], after: Mapping[str, object], nam
 
 
 class _Sides:
-    """A module and its mirror, run eagerly and as captured, each time from one state."""
+    """A module, and what was captured of it, each time from one state."""
 
     def __init__(
-        self, program: Program, name: str, module: nn.Module, training: TrainingSpec
+        self, program: Program, name: str, module: nn.Module, training: TrainingSpec, kept: Kept
     ) -> None:
-        self._name, self._training, self._module = name, training, module
-        self.eager, self._mirror = copy.deepcopy(module), copy.deepcopy(module)
+        self._name, self._training, self._module, self._kept = name, training, module, kept
         lowered = lower(program_graph(program, name), name, _CPU, images_last=False)
         self._captured = partial(_captured, lowered, program, name, training)
         self._done: list[Callable[[nn.Module], Found]] = []  # to be done again by another module
@@ -121,35 +125,30 @@ class _Sides:
         Raises:
             CaptureError: they do not agree.
         """
-        run = partial(self._run, seed, leaves)
         amounts = (*(AMOUNTS if disturbed else ()), *(() if disturbed and proven else (0.0,)))
         for amount in amounts:
-            step = partial(run, amount=amount)
+            step = partial(self._run, seed, leaves, amount=amount)
             try:
-                with restored(self.eager):
-                    expected = step(self.eager, mirrored=True)
+                with restored(self._module):
+                    expected = step(self._module)
                     self._done.append(step)
                     break
             except _NoNumbers as error:
                 reason = str(error)
         else:
             raise CaptureError(f"{self._name} does not run at other values of weights: {reason}")
-        found = self._captured(self._mirror, leaves, seed)
-        self._judge(expected, found)
+        self._judge(expected, self._captured(self._begun, leaves, seed))
 
     def call_again(self) -> None:
         """Run the eager side once more, as it was run last, for what Python keeps of it."""
         if self._done:
-            self._done[-1](self.eager)
+            self._done[-1](self._module)
 
-    def _run(
-        self, seed: int, leaves: Leaves, module: nn.Module, *, amount: float, mirrored: bool = False
-    ) -> Found:
-        """One eager run; the mirror gets the state that it begins with."""
+    def _run(self, seed: int, leaves: Leaves, module: nn.Module, *, amount: float) -> Found:
+        """One eager run; what it begins with is kept for the captured side."""
         if amount:
             disturb(module, amount, seed)
-        if mirrored:
-            copy_tensors(tensors_of(module), tensors_of(self._mirror))
+        self._begun = _copies(module)
         try:
             with contained:
                 found = _eager(module, self._name, self._training, leaves, seed)
@@ -163,20 +162,30 @@ class _Sides:
         return found
 
     def _judge(self, expected: Found, found: Found) -> None:
-        apart = gaps(expected, found, self._name)
+        try:
+            apart = gaps(expected, found, self._name)
+        except CaptureError as error:
+            self._refuse_custom(expected, str(error))
+            raise
         allowed = dict.fromkeys(apart, TOLERANCES[self._training.precision])
         if beyond(apart, allowed) is not None:
-            other = _moved_by_an_ulp(self._module)
+            other = _moved_by_an_ulp(self._module, self._kept)
             again = [step(other) for step in self._done]
             spread = gaps(expected, again[-1], self._name)
             allowed = {what: max(allowed[what], SPREAD * spread[what]) for what in apart}
         what = beyond(apart, allowed)
-        if what is not None and (names := _custom_functions(expected["the loss"])):
+        if what is not None:
+            self._refuse_custom(expected, f"captured and eager differ in {self._name}, {what}")
+        refuse(apart, allowed, self._name)
+
+    @staticmethod
+    def _refuse_custom(expected: Found, what: str) -> None:
+        """Refuse with the better reason, where there is one."""
+        if names := _custom_functions(expected["the loss"]):
             raise CaptureError(
                 f"the backward of a custom autograd.Function ({', '.join(names)}) is in no graph: "
-                f"captured and eager differ in {self._name}, {what}"
+                f"{what}"
             )
-        refuse(apart, allowed, self._name)
 
 
 def _custom_functions(loss: Tensor | None) -> list[str]:
@@ -199,9 +208,19 @@ class _NoNumbers(Exception):
     """A module that does not run at a disturbed state."""
 
 
-def _moved_by_an_ulp(module: nn.Module) -> nn.Module:
-    """A copy whose parameters have each moved to a neighbouring number."""
+def _copies(module: nn.Module) -> dict[str, Tensor]:
+    """A module's tensors, as tensors of their own; tied ones are one."""
+    found: dict[int, Tensor] = {}
+    for tensor in tensors_of(module).values():
+        if id(tensor) not in found:
+            found[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    return {path: found[id(tensor)] for path, tensor in tensors_of(module).items()}
+
+
+def _moved_by_an_ulp(module: nn.Module, kept: Kept) -> nn.Module:
+    """A copy as it was kept, whose parameters have each moved to a neighbouring number."""
     moved = copy.deepcopy(module)
+    copy_tensors(kept.values(), tensors_of(moved))
     coins = torch.Generator().manual_seed(_UNSEEN)
     with torch.no_grad():
         for parameter in moved.parameters():
@@ -247,12 +266,10 @@ def _captured(
     program: Program,
     name: str,
     training: TrainingSpec,
-    module: nn.Module,
+    tensors: Mapping[str, Tensor],
     leaves: Leaves,
     seed: int,
 ) -> Found:
-    module.zero_grad()
-    tensors = tensors_of(module)
     generator = torch.Generator().manual_seed(seed)
     values = []
     for source in lowered.sources:  # a graph without groups has single nodes only
@@ -283,11 +300,13 @@ def _captured(
         for output, value in named:
             if output.role == "update" and value is not tensors[output.key]:
                 tensors[output.key].copy_(value)
-    return found | _state(module)
+    gradients = {f"{GRADIENT}{path}": tensor.grad for path, tensor in tensors.items()}
+    return found | gradients | {f"buffer {path}": tensor for path, tensor in tensors.items()}
 
 
 def _state(module: nn.Module) -> dict[str, Tensor | None]:
     state: dict[str, Tensor | None] = {
         f"{GRADIENT}{path}": parameter.grad for path, parameter in module.named_parameters()
     }
-    return state | {f"buffer {path}": buffer for path, buffer in module.named_buffers()}
+    buffers = module.named_buffers()
+    return state | {f"buffer {path}": buffer.detach().clone() for path, buffer in buffers}

@@ -1,0 +1,83 @@
+"""Whether the shape of what an operator gives depends on nothing but shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cgo.private.fake_tensors import FakeTensorMode
+from cgo.private.operators import OpOverload
+from cgo.private.recording import run
+
+#: What was found out in this process. Numbers count by their sign alone: a size of -1 may stand
+#: for "as many as there are values", which no other number does.
+_KNOWN: dict[object, bool] = {}
+
+
+def is_static(overload: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operator gives tensors alone, of shapes that can be known without values.
+
+    Args:
+        overload: The operator.
+        args: Its arguments, with real tensors; they are not read.
+        kwargs: Those by name.
+    """
+    key = (overload, _sign(args), tuple((name, _sign(v)) for name, v in kwargs.items()))
+    known = _KNOWN.get(key)
+    if known is None:
+        known = _KNOWN[key] = _gives_tensors(overload) and any(
+            _runs(overload, args, kwargs, mode, device) for mode, device in _WAYS
+        )
+    return known
+
+
+def _sign(value: Any) -> object:
+    if isinstance(value, Tensor):
+        return value.dtype, value.dim()
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_sign, value))
+    if type(value) in (int, float):
+        return type(value), value < 0
+    return type(value), value if isinstance(value, (bool, str, torch.dtype)) else None
+
+
+def _gives_tensors(overload: OpOverload) -> bool:
+    return all("Tensor" in str(value.type) for value in overload._schema.returns)
+
+
+#: Tensors without values: on the meta device, and where an operator is not known there, torch's
+#: fakes of tensors on a CPU, which are slower and import torch's compiler.
+_WAYS: tuple[tuple[Callable[[], AbstractContextManager[Any]], str], ...] = (
+    (nullcontext, "meta"),
+    (partial(FakeTensorMode, allow_non_fake_inputs=True), "cpu"),
+)
+
+
+def _runs(
+    overload: OpOverload,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    mode: Callable[[], AbstractContextManager[Any]],
+    device: str,
+) -> bool:
+    """Whether it runs on tensors that have no values: whatever asks for one raises."""
+    with mode(), torch.no_grad():
+        given = [_hollow(value, device) for value in args]
+        try:
+            run(overload, tuple(given), {k: _hollow(v, device) for k, v in kwargs.items()})
+        except Exception:  # torch has an error of its own for each way of asking
+            return False
+    return True
+
+
+def _hollow(value: Any, device: str) -> Any:
+    if isinstance(value, Tensor):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+    if isinstance(value, (tuple, list)):
+        return [_hollow(item, device) for item in value]
+    return torch.device(device) if isinstance(value, torch.device) else value
