@@ -18,6 +18,7 @@ from cgo.errors import CgoError, TrialError, UserExitError
 from cgo.events import Event, cut
 from cgo.graph import ModelId
 from cgo.graph_data import GraphData, ModelEntry
+from cgo.private.late_compiler import import_late
 from cgo.runtime import checkpoint
 from cgo.runtime.admission import admit
 from cgo.runtime.cohort import Cohort
@@ -65,6 +66,7 @@ def train(
         SpecError: settings of its tuning are refused.
         TrialError: the checkpoint in the folder cannot be read.
     """
+    import_late()
     given = [device] if isinstance(device, torch.device) else list(device or _all_devices())
     given = [torch.device(d.type, d.index or 0) if d.type == "cuda" else d for d in given]
     data.check_files()

@@ -28,6 +28,7 @@ from cgo.errors import CaptureError, ModelError, SpecError, UserExitError
 from cgo.graph import Graph, dump
 from cgo.graph_data import Factory, ModelEntry, StateEntry
 from cgo.model import DataSpec, Model, TrainingSpec, as_json, digest_of, loss_function
+from cgo.private.late_compiler import import_late
 from cgo.runtime.data import Leaves, Loader, open_data, preserved_random_state
 from cgo.runtime.optimizers import Updater
 from cgo.runtime.state import RandomState, build_module
@@ -109,6 +110,7 @@ class Capturer:
     """
 
     def __init__(self, ways: Sequence[Way] | None = None) -> None:
+        import_late()
         self._ways = tuple(WAYS if ways is None else ways)
         self._templates: dict[str, _Template] = {}
         self._kinds: set[str] = set()  # of recordings that were found to be right

@@ -1,3 +1,4 @@
+# ruff: noqa: SIM905  (one word an operator keeps the list readable)
 """Whether the shape of what an operator gives depends on nothing but shapes."""
 
 from __future__ import annotations
@@ -10,9 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cgo.passes.sharing import PURE
 from cgo.private.fake_tensors import FakeTensorMode
 from cgo.private.operators import OpOverload
 from cgo.private.recording import run
+
+#: Operators that may look at values for the shape that they give, or give no tensor; others of
+#: `PURE` do not. Trying one costs a call, and of some an import of a third of a second.
+_MAY_LOOK = frozenset(
+    ("equal", "where", "index", "one_hot", "repeat_interleave", "tensor_split", "pad_sequence")
+)
+
+_STATIC = (PURE - _MAY_LOOK) | frozenset(
+    "batch_norm instance_norm dropout feature_dropout alpha_dropout scaled_dot_product_attention "
+    "rand randn rand_like randn_like randint normal uniform bernoulli exponential empty empty_like "
+    "new_empty copy zero fill index_put scatter_add index_add".split()
+)
 
 #: What was found out in this process. Numbers count by their sign alone: a size of -1 may stand
 #: for "as many as there are values", which no other number does.
@@ -27,6 +41,9 @@ def is_static(overload: OpOverload, args: Sequence[Any], kwargs: Mapping[str, An
         args: Its arguments, with real tensors; they are not read.
         kwargs: Those by name.
     """
+    name = overload._schema.name.partition("::")[2].removesuffix("_")
+    if name in _STATIC:
+        return True
     key = (overload, _sign(args), tuple((name, _sign(v)) for name, v in kwargs.items()))
     known = _KNOWN.get(key)
     if known is None:

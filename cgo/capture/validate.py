@@ -257,8 +257,8 @@ def _eager(
 
 
 def _backward(loss: Tensor, training: TrainingSpec) -> None:
-    scale = _FLOAT16_SCALE if training.precision == "float16" else 1.0
-    loss.backward(torch.full_like(loss, scale))
+    # Without a gradient of its own, for which torch would import its symbolic shapes.
+    (loss * _FLOAT16_SCALE if training.precision == "float16" else loss).backward()
 
 
 def _captured(
