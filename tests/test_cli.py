@@ -103,6 +103,31 @@ def test_no_arguments_print_the_help(tmp_path):
     assert "explain" in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("command", [[], ["demo"], ["run"], ["explain"], ["bench"]])
+def test_help_needs_neither_torch_nor_a_database(command, tmp_path):
+    """Beside the help, its process prints which modules it has imported."""
+    program = (
+        "import sys; from cgo.cli import main\n"
+        "try: main()\n"
+        "finally: print('modules:', *sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command, "--help"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True,
+    )  # fmt: skip
+    assert "Usage: " in done.stdout
+    imported = set(done.stderr.split("modules:")[-1].split())
+    assert "cgo.cli.commands" in imported
+    assert not {"torch", "numpy", "sqlite3", "psutil", "cgo.engine"} & imported
+
+
+def test_the_families_of_the_help_are_those_there_are():
+    from cgo.bench.families import FAMILIES
+    from cgo.cli import commands
+
+    assert tuple(FAMILIES) == commands.FAMILIES
+
+
 def test_texts_of_others_are_shown_and_not_obeyed():
     """No markup of rich's, no escape sequences, in ids, errors and arguments."""
     import io

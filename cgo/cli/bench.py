@@ -7,10 +7,9 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -21,44 +20,25 @@ from cgo.platforms.local import default_workers, trial_environment
 _STARTED = "CGO_BENCH_STARTED"
 
 
-def bench(
-    family: Annotated[
-        list[str] | None,
-        typer.Option(help=f"one of {', '.join(FAMILIES)}; may be repeated; all if left out"),
-    ] = None,
-    models: Annotated[int, typer.Option(help="number of models")] = 32,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="write the records to this file")
-    ] = None,
-    method: Annotated[
-        list[str] | None, typer.Option(help="may be repeated; all but the compiled if left out")
-    ] = None,
-    rounds: Annotated[int, typer.Option(help="interleaved rounds, at least 7")] = 9,
-    threads: Annotated[int, typer.Option(help="threads of the process")] = 1,
-    end_to_end: Annotated[
-        bool,
-        typer.Option("--end-to-end", help="a whole search, everything counted, instead of steps"),
-    ] = False,
-    epochs: Annotated[int, typer.Option(help="of the whole search")] = 10,
-    workers: Annotated[
-        int,
-        typer.Option(help="trials side by side; 0: without a GPU one for each core"),
-    ] = 0,
+def steps(
+    families: Sequence[str] | None,
+    models: int,
+    json_file: Path | None,
+    methods: Sequence[str] | None,
+    rounds: int,
+    threads: int,
 ) -> None:
-    """Measure a training step of many models: merged, and every way of doing without."""
-    if end_to_end:
-        _whole_search(models, epochs, workers or default_workers(), json_file)
-        return
+    """Measure training steps of models of some families, or of all."""
     _restart(threads)
     torch.set_num_threads(threads)
     console = Console()
     found: list[Record] = []
-    for name in family or FAMILIES:
+    for name in families or FAMILIES:
 
         def skipped(method: str, reason: str, name: str = name) -> None:
             console.print(f"{name}: no {method}: {reason}", highlight=False, soft_wrap=True)
 
-        records = measure(name, models, methods=method, rounds=rounds, skipped=skipped)
+        records = measure(name, models, methods=methods, rounds=rounds, skipped=skipped)
         console.print(_table(records))
         found += records
     _write(json_file, [record.as_json() for record in found])
@@ -71,10 +51,11 @@ def _write(json_file: Path | None, rows: list[dict[str, Any]]) -> None:
         json_file.write_text(json.dumps(document, indent=2) + "\n")
 
 
-def _whole_search(models: int, epochs: int, workers: int, json_file: Path | None) -> None:
+def whole_search(models: int, epochs: int, workers: int, json_file: Path | None) -> None:
+    """Measure a search from end to end; of 0 workers, with as many as it would have."""
     from cgo.bench.end_to_end import measure as measure_search
 
-    console = Console()
+    console, workers = Console(), workers or default_workers()
     found = measure_search(
         models, epochs=epochs, workers=workers, heard=lambda line: console.print(line)
     )

@@ -6,10 +6,8 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -34,12 +32,8 @@ _STEPS = 10**6
 _MOST_ROWS = 30
 
 
-def explain(
-    spec: Annotated[Path, typer.Argument(help="the search, a YAML file")],
-    dump_graph: Annotated[bool, typer.Option("--dump", help="print the merged graph")] = False,
-    memory: Annotated[bool, typer.Option("--memory", help="estimate peak memory")] = False,
-) -> None:
-    """Show what a search would merge, and why not more, without training it."""
+def explain(spec: Path, dump_graph: bool, memory: bool) -> None:
+    """Show what the search of a YAML file would merge, and why not more, without training it."""
     models = load(spec).build()
     with tempfile.TemporaryDirectory(prefix="cgo-explain-") as folder:
         plan = Planner().plan(models, Path(folder))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from rich.console import Console
 
 from cgo.cli.search import search
@@ -14,8 +12,8 @@ from cgo.model import ModelStatus
 from cgo.search_spec import load
 
 
-def run(spec: Annotated[Path, typer.Argument(help="the search, a YAML file")]) -> None:
-    """Run a search; exit code 1 when a model was not trained."""
+def run(spec: Path) -> bool:
+    """Run the search of a YAML file; whether all its models were trained."""
     read = load(spec)
     models = read.build()
     options = read.engine
@@ -26,5 +24,4 @@ def run(spec: Annotated[Path, typer.Argument(help="the search, a YAML file")]) -
         max_duration_s=options.max_duration_s,
     ) as engine:
         search(Console(), engine, models)
-    if any(model.status is not ModelStatus.TRAINED for model in models):
-        raise typer.Exit(1)
+    return all(model.status is ModelStatus.TRAINED for model in models)
