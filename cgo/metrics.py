@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-import torchmetrics
-from torchmetrics import Metric
-
 from cgo.errors import SpecError
 from cgo.imports import is_import_path, resolve
 from cgo.model import loss_function
@@ -187,8 +184,11 @@ def names(kinds: tuple[Kind, ...] = ("classes", "labels", "numbers")) -> list[st
 
 
 def _torchmetrics() -> list[str]:
+    import torchmetrics  # here, as what its import takes is for an error's message alone
+
     found = ((name, getattr(torchmetrics, name)) for name in dir(torchmetrics))
-    return [name for name, value in found if inspect.isclass(value) and issubclass(value, Metric)]
+    kind = torchmetrics.Metric
+    return [name for name, value in found if inspect.isclass(value) and issubclass(value, kind)]
 
 
 def loss_of(loss: str) -> Loss | None:

@@ -7,11 +7,13 @@ values as float32.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-import torchmetrics
 from torch import Tensor
-from torchmetrics import Metric
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 
 class Variation:
@@ -82,28 +84,42 @@ def _explained(part: Tensor, spread: Tensor) -> Tensor:
     return torch.where(spread > 0, 1 - part / spread, (part == 0).to(part.dtype))
 
 
-Accumulator = Metric | Variation | Ranks
+Accumulator: TypeAlias = "Metric | Variation | Ranks"
+
+
+def _theirs(name: str, **options: Any) -> Callable[[int], Metric]:
+    """A metric of torchmetrics that takes any number of columns."""
+    return lambda columns: _class(name)(**options)
+
+
+def _by_columns(name: str) -> Callable[[int], Metric]:
+    """A metric of torchmetrics that is told how many columns there are."""
+    return lambda columns: _class(name)(columns)
+
+
+def _class(name: str) -> Callable[..., Metric]:
+    import torchmetrics  # here, as most models' metrics do without it, and it imports scipy
+
+    found: Callable[..., Metric] = getattr(torchmetrics, name)
+    return found
+
 
 #: By name; each is given the number of columns, and float64 values.
 NUMBERS: Mapping[str, Callable[[int], Accumulator]] = {
-    "mean_squared_error": lambda columns: torchmetrics.MeanSquaredError(),
-    "mean_absolute_error": lambda columns: torchmetrics.MeanAbsoluteError(),
-    "mean_absolute_percentage_error": lambda columns: torchmetrics.MeanAbsolutePercentageError(),
-    "symmetric_mean_absolute_percentage_error": lambda columns: (
-        torchmetrics.SymmetricMeanAbsolutePercentageError()
-    ),
-    "weighted_mean_absolute_percentage_error": lambda columns: (
-        torchmetrics.WeightedMeanAbsolutePercentageError()
-    ),
-    "mean_squared_log_error": lambda columns: torchmetrics.MeanSquaredLogError(),
-    "log_cosh_error": torchmetrics.LogCoshError,
+    "mean_squared_error": _theirs("MeanSquaredError"),
+    "mean_absolute_error": _theirs("MeanAbsoluteError"),
+    "mean_absolute_percentage_error": _theirs("MeanAbsolutePercentageError"),
+    "symmetric_mean_absolute_percentage_error": _theirs("SymmetricMeanAbsolutePercentageError"),
+    "weighted_mean_absolute_percentage_error": _theirs("WeightedMeanAbsolutePercentageError"),
+    "mean_squared_log_error": _theirs("MeanSquaredLogError"),
+    "log_cosh_error": _by_columns("LogCoshError"),
     "r2_score": lambda columns: Variation(lambda v: _explained(v.squares, v.spread)),
     "explained_variance": lambda columns: Variation(lambda v: _explained(v.varying, v.spread)),
     "relative_squared_error": lambda columns: Variation(lambda v: v.squares / v.spread),
-    "pearson_corrcoef": torchmetrics.PearsonCorrCoef,
+    "pearson_corrcoef": _by_columns("PearsonCorrCoef"),
     "spearman_corrcoef": lambda columns: Ranks(),
-    "concordance_corrcoef": torchmetrics.ConcordanceCorrCoef,
-    "cosine_similarity": lambda columns: torchmetrics.CosineSimilarity(reduction="mean"),
+    "concordance_corrcoef": _by_columns("ConcordanceCorrCoef"),
+    "cosine_similarity": _theirs("CosineSimilarity", reduction="mean"),
 }
 #: Those of torchmetrics that take one column without its axis.
 FLAT = ("log_cosh_error", "pearson_corrcoef", "concordance_corrcoef")

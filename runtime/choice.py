@@ -8,12 +8,12 @@ models each, which take turns; and operators over large values run one by one.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import networkx
 import torch
 from torch import Tensor
 
@@ -221,13 +221,18 @@ def rules_of(profile: DeviceProfile) -> Rules:
 
 def _sharing(graph: Graph, models: Sequence[ModelId]) -> list[list[ModelId]]:
     """Models that share work worth sharing: not views and counters, which cost nothing."""
-    ties: networkx.Graph[ModelId] = networkx.Graph()
-    ties.add_nodes_from(models)
+    together = {model: [model] for model in models}
     for node in graph.nodes:
         if len(node.owners) > 1 and _costly(node):
-            first, *others = sorted(node.owners)
-            ties.add_edges_from((first, other) for other in others)
-    return [sorted(ids) for ids in networkx.connected_components(ties)]
+            met = _each_once(together[model] for model in node.owners)
+            if len(met) > 1:
+                whole = sorted(itertools.chain.from_iterable(met))
+                together |= dict.fromkeys(whole, whole)
+    return _each_once(together.values())
+
+
+def _each_once(parts: Iterable[list[ModelId]]) -> list[list[ModelId]]:
+    return list({id(part): part for part in parts}.values())
 
 
 def _costly(node: Node) -> bool:

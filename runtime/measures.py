@@ -2,6 +2,7 @@
 
 Classes and labels are counted by column, in integers, and scikit-learn's definitions applied to
 the counts at the end. Numbers go through torchmetrics in float64, or through sums of squares.
+torchmetrics imports scipy, so it is imported where a metric is computed by it.
 """
 
 from __future__ import annotations
@@ -10,19 +11,19 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torchmetrics
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
 from cgo.errors import SpecError
 from cgo.imports import is_import_path, resolve
 from cgo.metrics import Loss, Row, loss_of, row_of
-from cgo.runtime.accumulators import FLAT, NUMBERS, Accumulator
+from cgo.runtime.accumulators import FLAT, NUMBERS, Accumulator, Ranks, Variation
 from cgo.runtime.judging import Judged, check_one_hot, judge, numbers
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 _NAN = float("nan")
 
@@ -359,13 +360,17 @@ class _ByColumn(_Scores):
         positive = int(target.sum())
         if positive == 0 or (self._row.name == "auroc" and positive == len(target)):
             return None
+        from torchmetrics.functional.classification import binary_auroc, binary_average_precision
+
         function: Any = binary_auroc if self._row.name == "auroc" else binary_average_precision
         return float(function(scores, target, validate_args=False))
 
 
 class _CalibrationError(_Scores):
     def _whole(self, scores: Tensor, targets: Tensor) -> float:
-        metric = torchmetrics.classification.MulticlassCalibrationError(
+        from torchmetrics.classification import MulticlassCalibrationError
+
+        metric = MulticlassCalibrationError(
             scores.shape[1], n_bins=15, norm="l1", validate_args=False
         )
         metric.set_dtype(torch.float64)
@@ -422,9 +427,9 @@ class _Numbers(Measure):
 
     def _made(self, outputs: Tensor) -> Accumulator:
         metric = self._make(outputs.shape[1])
-        if isinstance(metric, Metric):
-            metric = metric.set_dtype(torch.float64).to(outputs.device)
-        return metric
+        if isinstance(metric, (Ranks, Variation)):
+            return metric
+        return metric.set_dtype(torch.float64).to(outputs.device)
 
     def held(self) -> list[Tensor]:
         if self._metric is None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
-import networkx
 import torch
 from torch import Tensor
 
@@ -99,6 +98,8 @@ class _Cutter:
 
     def _chains(self, members: Sequence[int]) -> list[list[int]]:
         """What depends on each other among calls of one rank, where that is several."""
+        import networkx  # on demand: only a compiled step has regions
+
         ties: networkx.Graph[int] = networkx.Graph()
         ties.add_nodes_from(members)
         own = set(members)

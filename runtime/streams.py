@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import networkx
 import torch
 from torch import Tensor
 
@@ -131,14 +130,16 @@ def _parts(tape: Tape, before: Sequence[set[int]]) -> list[list[int]]:
 
 def _cut(order: Sequence[int], linked: Sequence[set[int]]) -> list[list[int]]:
     """Cut an order before each call that links branches which are not short."""
+    from networkx.utils import UnionFind  # on demand: trials without side streams need none
+
     parts: list[list[int]] = []
-    branches: networkx.utils.UnionFind[int] = networkx.utils.UnionFind()
+    branches: UnionFind[int] = UnionFind()
     length: dict[int, int] = {}
     for index in order:
         met = {branches[other] for other in linked[index] if other in length}
         if not parts or sum(length[root] >= _SHORT for root in met) > 1:
             parts.append([])
-            branches, length, met = networkx.utils.UnionFind(), {}, set()
+            branches, length, met = UnionFind(), {}, set()
         total = 1 + sum(length[root] for root in met)
         branches.union(index, *met)
         length[index] = 0
@@ -152,6 +153,8 @@ def _section(tape: Tape, part: Sequence[int], before: Sequence[set[int]], width:
 
     Source: longest processing time first, Graham, SIAM J. Appl. Math. 17 (1969).
     """
+    import networkx
+
     own = set(part)
     ties: networkx.Graph[int] = networkx.Graph()
     ties.add_nodes_from(part)

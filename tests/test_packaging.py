@@ -34,6 +34,12 @@ def test_a_trial_imports_no_engine_and_no_pass_that_merges():
     assert passes == {f"cgo.passes.{name}" for name in names.split()}
 
 
+def test_metrics_and_graphs_of_no_run_are_not_imported():
+    """torchmetrics and with it scipy, scikit-learn, networkx: each takes a while."""
+    found = modules_after("import cgo.engine, cgo.runtime.training, cgo.zoo; cgo.zoo.digits()")
+    assert not {"torchmetrics", "scipy", "sklearn", "networkx", "torch._dynamo"} & found
+
+
 def test_every_exported_name_is_there():
     import cgo
 
