@@ -10,12 +10,14 @@ Dynamic Computation Graphs", NIPS 2017; the rule that picks the signature is our
 
 from __future__ import annotations
 
-import heapq
+import itertools
+import math
 import operator
 import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from heapq import heappop, heappush
 from typing import NamedTuple
 
 from cgo.graph import HANDED, SOURCES, Graph, Node, Ref, TensorType, inputs_of
@@ -66,28 +68,73 @@ def operators(graph: Graph) -> list[Node]:
 
 
 class _Agenda:
-    """A graph in integers, and the ways of ordering it."""
+    """A graph in integers, and the ways of ordering it.
+
+    What is ordered are bundles: nodes of one signature whose inputs come from the same bundles are
+    ready at the same time in every order, and so are picked together.
+    """
 
     def __init__(self, graph: Graph, options: BatchOperators) -> None:
         self.nodes = operators(graph)
         self.width = options.max_width or len(self.nodes)
         place = {node.name: index for index, node in enumerate(self.nodes)}
-        self.users: list[list[int]] = [[] for _ in self.nodes]
+        # Of each input of each node, in order; -1: handed to the program.
+        self.producers = [[place.get(r.name, -1) for r in inputs_of(n)] for n in self.nodes]
+        self.rank = _places(_ranks(self.nodes))
+        kinds = _kinds(graph, self.nodes, options)
+        self.sizes = [0] * (max(kinds, default=-1) + 1)
+        for kind in kinds:
+            self.sizes[kind] += 1
+        self.bundles: list[list[int]] = []  # of nodes
+        self.kind: list[int] = []  # of each bundle, as all that follows
+        self.users: list[list[int]] = []
         self.inputs: list[int] = []  # how many inputs are operators' results
         self.first: list[int] = []  # the first of them; -1: none
-        self.producers: list[list[int]] = []  # of each input in order; -1: handed to the program
-        for index, node in enumerate(self.nodes):
-            self.producers.append([place.get(ref.name, -1) for ref in inputs_of(node)])
-            inputs = [producer for producer in self.producers[-1] if producer >= 0]
+        self._bundle(kinds, apart=self.width < len(self.nodes))
+        self.counts = [len(bundle) for bundle in self.bundles]
+        self.heights = self._heights()
+        self.tallest: list[list[int]] = [[] for _ in self.sizes]  # bundles of a signature
+        for number in sorted(range(len(self.bundles)), key=self.heights.__getitem__, reverse=True):
+            self.tallest[self.kind[number]].append(number)
+        # The fewest groups of each signature.
+        self.bounds = [self.heights[bundles[0]] for bundles in self.tallest]
+
+    def _bundle(self, kinds: Sequence[int], apart: bool) -> None:
+        """Put nodes into bundles; `apart`, each into its own: groups may be narrower."""
+        known: dict[object, int] = {}
+        bundle: list[int] = []  # of each node
+        for index, kind in enumerate(kinds):
+            inputs = [bundle[producer] for producer in self.producers[index] if producer >= 0]
+            key = index if apart else (kind, *inputs)
+            number = known.setdefault(key, len(self.bundles))
+            bundle.append(number)
+            if number < len(self.bundles):
+                self.bundles[number].append(index)
+                continue
+            self.bundles.append([index])
+            self.kind.append(kind)
+            self.users.append([])
             self.inputs.append(len(inputs))
             self.first.append(inputs[0] if inputs else -1)
             for producer in inputs:
-                self.users[producer].append(index)
-        self.rank = _ranks(self.nodes)
-        self.kind = _kinds(graph, self.nodes, options)
-        self.sizes = [0] * (max(self.kind, default=-1) + 1)
-        for kind in self.kind:
-            self.sizes[kind] += 1
+                self.users[producer].append(number)
+
+    def _heights(self) -> list[int]:
+        """The most bundles of a bundle's own signature on a path from it: each is a group.
+
+        What is left of a signature so takes as many groups as its tallest bundle is high, at least.
+        """
+        found: list[int] = []
+        below: list[dict[int, int]] = []  # the height of each signature from a bundle on
+        for kind, users in zip(reversed(self.kind), reversed(self.users)):
+            mine: dict[int, int] = {}
+            for user in users:
+                for other, height in below[len(self.kind) - 1 - user].items():
+                    mine[other] = max(mine.get(other, 0), height)
+            mine[kind] = mine.get(kind, 0) + 1
+            found.append(mine[kind])
+            below.append(mine)
+        return found[::-1]
 
     def best(self) -> list[list[Node]]:
         """The groups of the best order found: the fewest groups, then the fewest repacked inputs.
@@ -96,7 +143,9 @@ class _Agenda:
         in as many trials as a bounded effort allows.
         """
         weights = [1.0] * len(self.sizes)
-        found = _Run(self, weights).groups()
+        first = _Run(self, weights).groups()
+        assert first is not None
+        found = self.of_nodes(first)
         best = len(found), self.repacked(found)
         dice = random.Random(0)
         trials = min(_MOST_TRIALS, _EFFORT // max(len(self.nodes), 1))
@@ -105,13 +154,24 @@ class _Agenda:
                 1.0 - _JITTER * dice.random() if dice.random() < _CHANGED else weight
                 for weight in weights
             ]
-            groups = _Run(self, other).groups()
-            if len(groups) > best[0]:
+            picked = _Run(self, other).groups(most=best[0])
+            if picked is None:
                 continue
+            groups = self.of_nodes(picked)
             score = len(groups), self.repacked(groups)
             if score <= best:
                 weights, found, best = other, groups, score
         return [[self.nodes[index] for index in group] for group in found]
+
+    def of_nodes(self, groups: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Groups of bundles as groups of nodes, each in the order of its members."""
+        return [
+            sorted(
+                itertools.chain.from_iterable(self.bundles[bundle] for bundle in group),
+                key=self.rank.__getitem__,
+            )
+            for group in groups
+        ]
 
     def repacked(self, groups: Sequence[Sequence[int]]) -> int:
         """How many inputs of groups are not the lanes of one earlier group, in order."""
@@ -130,80 +190,108 @@ class _Run:
 
     def __init__(self, agenda: _Agenda, weights: Sequence[float]) -> None:
         self.agenda, self.weights = agenda, weights
-        self.waiting = agenda.inputs.copy()  # inputs that are not emitted yet
-        self.left = agenda.sizes.copy()
-        self.ready: list[list[int]] = [[] for _ in agenda.sizes]
+        self.ready: list[list[int]] = [[] for _ in agenda.sizes]  # bundles
         self.version = [0] * len(agenda.sizes)
         self.heap: list[tuple[float, int, int, int]] = []
-        self.group = [-1] * len(agenda.nodes)  # of each emitted node
+        self.group = [-1] * len(agenda.bundles)  # of each emitted bundle
+        self.passed = [0] * len(agenda.sizes)  # of the tallest bundles, emitted ones
 
-    def groups(self) -> list[list[int]]:
-        """The groups, in an order in which they can be executed."""
-        for index, waiting in enumerate(self.waiting):
-            if not waiting:
-                self.ready[self.agenda.kind[index]].append(index)
-        for signature in range(len(self.ready)):
-            self._push(signature)
-        found: list[list[int]] = []
-        while (kind := self._pick()) is not None:
-            members = sorted(self.ready[kind], key=self.agenda.rank.__getitem__)
-            self.ready[kind] = []
-            self.left[kind] -= len(members)
-            for start in range(0, len(members), self.agenda.width):
-                group = members[start : start + self.agenda.width]
-                for index in group:
-                    self.group[index] = len(found)
-                found.append(group)
-            self._release(members)
-        return found
+    def groups(self, most: float = math.inf) -> list[list[int]] | None:
+        """The groups of bundles, in an order in which they can be executed; None: over `most`.
 
-    def _release(self, members: Sequence[int]) -> None:
-        touched: dict[int, None] = {}
-        for index in members:
-            for user in self.agenda.users[index]:
-                self.waiting[user] -= 1
-                if not self.waiting[user]:
-                    kind = self.agenda.kind[user]
-                    self.ready[kind].append(user)
-                    touched[kind] = None
-        for kind in touched:
-            self._push(kind)
-
-    def _push(self, kind: int) -> None:
-        """Enter a signature under its present share; older entries of it are void."""
-        if ready := len(self.ready[kind]):
-            self.version[kind] += 1
-            share = self.weights[kind] * ready / self.left[kind]
-            heapq.heappush(self.heap, (-share, -ready, kind, self.version[kind]))
-
-    def _pick(self) -> int | None:
-        """The signature with the largest share of all that is left of it ready, then the most.
-
-        Among equals the one whose inputs need no repacking: they are the lanes of one group.
+        Repeatedly picks the signature with the largest share of all that is left of it ready, then
+        the most. One function, because runs are many: calls and look-ups would be half of the time.
         """
-        best = self._pop()
-        if best is None:
-            return None
+        agenda, weights, heap = self.agenda, self.weights, self.heap
+        kinds, counts, users, width = agenda.kind, agenda.counts, agenda.users, agenda.width
+        ready, version, group = self.ready, self.version, self.group
+        waiting = agenda.inputs.copy()  # inputs that are not emitted yet
+        left, count = agenda.sizes.copy(), [0] * len(agenda.sizes)  # nodes: all, the ready ones
+        bounds = agenda.bounds.copy()
+        slack = most - sum(bounds)  # groups beyond those that there must be
+        found: list[list[int]] = []
+        free = [bundle for bundle, inputs in enumerate(waiting) if not inputs]
+        while True:
+            touched = set()
+            for bundle in free:
+                kind = kinds[bundle]
+                ready[kind].append(bundle)
+                count[kind] += counts[bundle]
+                touched.add(kind)
+            for kind in touched:  # entered under its present share; older entries are void
+                version[kind] += 1
+                share = weights[kind] * count[kind] / left[kind]
+                heappush(heap, (-share, -count[kind], kind, version[kind]))
+            while heap:
+                best = heappop(heap)
+                if best[3] == version[best[2]]:
+                    break
+            else:
+                return found
+            kind = best[2]
+            if heap and heap[0][0] == best[0] and heap[0][1] == best[1]:
+                kind = self._untied(best)
+            members, ready[kind] = ready[kind], []
+            left[kind] -= count[kind]
+            count[kind] = 0
+            version[kind] += 1
+            parts = [members] if len(members) <= width else self._parts(members)
+            for part in parts:
+                for bundle in part:
+                    group[bundle] = len(found)
+                found.append(part)
+            if not left[kind]:
+                slack += bounds[kind]
+            elif bounds[kind] > 1:
+                slack += bounds[kind]
+                bounds[kind] = self._bound(kind)
+                slack -= bounds[kind]
+            slack -= len(parts)
+            if slack < 0:
+                return None
+            free = []
+            for bundle in members:
+                for user in users[bundle]:
+                    waiting[user] -= 1
+                    if not waiting[user]:
+                        free.append(user)
+
+    def _parts(self, members: list[int]) -> list[list[int]]:
+        """As many members as the width allows at a time; each bundle is a node then."""
+        (members,) = self.agenda.of_nodes([members])
+        width = self.agenda.width
+        return [members[start : start + width] for start in range(0, len(members), width)]
+
+    def _bound(self, kind: int) -> int:
+        """The fewest groups that what is left of a signature can take."""
+        bundles, emitted, place = self.agenda.tallest[kind], self.group, self.passed[kind]
+        while emitted[bundles[place]] >= 0:
+            place += 1
+        self.passed[kind] = place
+        return self.agenda.heights[bundles[place]]
+
+    def _untied(self, best: tuple[float, int, int, int]) -> int:
+        """Among equals the signature whose inputs need no repacking: the lanes of one group."""
         tied = [best]
         while len(tied) < _TIES and self.heap and self.heap[0][:2] == best[:2]:
-            if (entry := self._pop()) is not None:
-                tied.append(entry)
+            tied += self._next()
         chosen = min(tied, key=lambda entry: (self._repacks(entry[2]), entry[2]))
         for entry in tied:
             if entry is not chosen:
-                heapq.heappush(self.heap, entry)
+                heappush(self.heap, entry)
         return chosen[2]
 
-    def _pop(self) -> tuple[float, int, int, int] | None:
+    def _next(self) -> list[tuple[float, int, int, int]]:
+        """The first entry that is not void, if there is one."""
         while self.heap:
-            entry = heapq.heappop(self.heap)
-            if entry[3] == self.version[entry[2]] and self.ready[entry[2]]:
-                return entry
-        return None
+            entry = heappop(self.heap)
+            if entry[3] == self.version[entry[2]]:
+                return [entry]
+        return []
 
     def _repacks(self, kind: int) -> bool:
         first = self.agenda.first
-        groups = {self.group[first[i]] if first[i] >= 0 else -1 for i in self.ready[kind]}
+        groups = {self.group[first[b]] if first[b] >= 0 else -1 for b in self.ready[kind]}
         return len(groups) > 1
 
 
@@ -231,6 +319,14 @@ def _ranks(nodes: Sequence[Node]) -> list[tuple[str, str, tuple[object, ...]]]:
         program, _, own = rest.rpartition("/")
         ranks.append((min(node.owners), program, _natural(own or node.name)))
     return ranks
+
+
+def _places(ranks: Sequence[tuple[str, str, tuple[object, ...]]]) -> list[int]:
+    """Each rank's place among all, which compares faster."""
+    found = [0] * len(ranks)
+    for place, index in enumerate(sorted(range(len(ranks)), key=ranks.__getitem__)):
+        found[index] = place
+    return found
 
 
 def _natural(name: str) -> tuple[object, ...]:
