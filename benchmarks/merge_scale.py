@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-import torchmetrics  # noqa: F401  (validating a document imports it; no part of what is timed)
 from torch.utils.data import Dataset, TensorDataset
 
 from cgo.capture import Capturer, Examples

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import hashlib
 import inspect
 import logging
@@ -193,7 +195,8 @@ class Planner:
         """
         captured, failures = self._capture_all(models)
         try:
-            return self._planned(models, captured, failures, folder, experiment or {})
+            with _uncollected():
+                return self._planned(models, captured, failures, folder, experiment or {})
         except Exception:
             self._captured |= captured
             self._failed |= failures
@@ -393,9 +396,30 @@ def _source_hash(path: str) -> str:
     module = loaded(path.partition(":")[0])
     try:
         file = inspect.getsourcefile(module) if module is not None else None
-        return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+        if not file:
+            return ""
+        found = Path(file).stat()
+        return _file_hash(file, found.st_mtime_ns, found.st_size)
     except (OSError, TypeError):
         return ""  # no source: a built-in or frozen module, the same in every run
+
+
+@functools.lru_cache(maxsize=256)
+def _file_hash(file: str, mtime_ns: int, size: int) -> str:
+    """A hash of a file, which is read again once it has changed: models by hundreds name it."""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Let cyclic garbage be: merging makes none, and to look for it goes through all of torch."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _report(
