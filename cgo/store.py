@@ -103,6 +103,9 @@ class Store:
             self._db = sqlite3.connect(self.folder / JOURNAL, check_same_thread=False)
             with self._db:
                 self._db.execute("PRAGMA journal_mode=WAL")
+                # Written is handed to the system, which keeps it whatever becomes of this process.
+                # A power cut may lose the last events, whose models are then trained again.
+                self._db.execute("PRAGMA synchronous=NORMAL")
                 self._db.executescript(_SCHEMA)
                 self._db.execute(
                     "INSERT OR IGNORE INTO meta VALUES ('version', ?)", (str(VERSION),)

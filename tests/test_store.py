@@ -94,6 +94,28 @@ def test_failed_models_leave_no_result(store):
     assert cgo.open_experiment(store.folder).models()[0].error == "broke"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+def test_what_was_written_outlives_a_process_that_is_killed(tmp_path):
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from cgo.events import Event\n"
+        "from cgo.store import Store\n"
+        "store = Store(Path(sys.argv[1]))\n"
+        "for epoch in range(500):\n"
+        "    store.record('t0000', Event('a', 'epoch', epoch, {'val_loss': 1.0}))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    first = Store(tmp_path)
+    first.add_models([model("a")])
+    first.close()
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    assert done.returncode < 0
+    second = Store(tmp_path)
+    assert [event.epoch for _, event in second.events("a")] == list(range(500))
+    second.close()
+
+
 def test_an_event_told_again_by_the_same_trial_is_written_once(store):
     store.add_models([model("a")])
     store.record("t0000", epoch("a", 0))
