@@ -24,6 +24,19 @@ for index in range(torch.cuda.device_count()):
 print(json.dumps(found))
 """
 
+#: Without -P (new in Python 3.11), Python puts the current directory on the module path.
+_UNSAFE_PATH = (
+    "import runpy, sys; sys.path[:] = [p for p in sys.path if p]; "
+    "runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+)
+
+
+def python_command(module: str) -> list[str]:
+    """What runs a module in a process of its own, which finds nothing in the current directory."""
+    if sys.version_info >= (3, 11):
+        return [sys.executable, "-P", "-m", module]
+    return [sys.executable, "-c", _UNSAFE_PATH.format(module=module)]
+
 
 @dataclass(frozen=True)
 class Device:

@@ -10,7 +10,8 @@ import inspect
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from cgo import weights
 from cgo.capture import Captured, Capturer, Examples
+from cgo.capture.helpers import Helpers
 from cgo.errors import CgoError, EngineClosedError, ModelError, UserExitError
 from cgo.graph import Graph, ModelId
 from cgo.graph_data import FileRef, GraphData, ModelEntry, file_sha256
@@ -82,14 +84,20 @@ class Planner:
     """
 
     def __init__(
-        self, merge: bool = True, batch_operators: BatchOperators | None = _FUSE_ALL
+        self,
+        merge: bool = True,
+        batch_operators: BatchOperators | None = _FUSE_ALL,
+        roots: Callable[[Sequence[Model]], Sequence[str]] | None = None,
     ) -> None:
         """Set what may be merged.
 
         Args:
             merge: Off, nothing is shared between models but the trial.
             batch_operators: Which operators may be fused; None: none.
+            roots: Gives the folders in which what models name is found, so that other processes
+                can help to capture many; None: this one captures all.
         """
+        self._roots = roots
         self._merge = merge
         self._passes = () if batch_operators is None else (batch_operators,)
         self._capturer = Capturer()
@@ -122,18 +130,38 @@ class Planner:
         """
         started = time.perf_counter()
         self._refused = {}
-        for model in models:
-            id_ = model.model_id
-            if id_ in self._captured or id_ in self._failed:
-                continue
-            if self._stopped.is_set():
-                raise EngineClosedError("the engine is closed; nothing more is captured")
-            try:
-                with contained:
-                    self._captured[id_] = self._capture(model)
-            except Exception as error:
-                self._failed[id_] = _failure(id_, "capturing it", error)
+        new = [m for m in models if m.model_id not in self._captured.keys() | self._failed.keys()]
+        waiting = deque({model.model_id: model for model in new}.values())
+        roots, most = ((), 0) if self._roots is None else (self._roots(new), None)
+        with Helpers(waiting, self._note, roots, most) as helpers:
+            count = 0
+            while (model := helpers.take()) is not None:
+                if self._stopped.is_set():
+                    raise EngineClosedError("the engine is closed; nothing more is captured")
+                self._capture_here(model)
+                count += 1
+                helpers.consider((time.perf_counter() - started) / count)
         self._capture_s += time.perf_counter() - started
+
+    def _capture_here(self, model: Model) -> None:
+        try:
+            with contained:
+                captured = self._capture(model)
+        except Exception as error:
+            self._note(model, None, _failure(model.model_id, "capturing it", error))
+        else:
+            self._note(model, captured)
+
+    def _note(self, model: Model, captured: Captured | None, failure: str = "") -> None:
+        """Keep what became of a model that was captured, here or elsewhere."""
+        if captured is None:
+            self._failed[model.model_id] = failure
+        else:
+            self._captured[model.model_id] = captured
+
+    def take(self, id_: ModelId) -> tuple[Captured | None, str]:
+        """What a model was captured as, or why it could not be; it is forgotten here."""
+        return self._captured.pop(id_, None), self._failed.pop(id_, "")
 
     def stop(self) -> None:
         """Let `capture` end after the model that it is at; from another thread."""

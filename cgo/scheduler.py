@@ -106,7 +106,7 @@ class Scheduler:
         self._experiment = experiment
         self._store, self._platform, self._merge = store, platform, merge
         self._import_roots = import_roots
-        self._planner = Planner(merge, batch_operators)
+        self._planner = Planner(merge, batch_operators, import_roots)
         self._demultiplexer = Demultiplexer(store.record, store.load_state)
         self._submitted: deque[_Batch] = deque()  # not looked up yet
         self._queue: deque[_Batch] = deque()  # to be planned

@@ -18,7 +18,7 @@ from cgo.capture.evaluation import in_evaluation_mode
 from cgo.capture.export import at_line, export, quiet, reason_of, source_of
 from cgo.capture.first_call import lazy, materialise, registered
 from cgo.capture.kept import Kept
-from cgo.capture.kinds import kind_of
+from cgo.capture.kinds import Kinds, skeleton
 from cgo.capture.lightning import refuse_ignored_training
 from cgo.capture.python_state import Watched
 from cgo.capture.record import record
@@ -113,7 +113,7 @@ class Capturer:
         import_late()
         self._ways = tuple(WAYS if ways is None else ways)
         self._templates: dict[str, _Template] = {}
-        self._kinds: set[str] = set()  # of recordings that were found to be right
+        self._kinds = Kinds()
 
     def capture(self, model: Model, examples: Examples) -> Captured:
         """Capture one model.
@@ -257,39 +257,66 @@ class _RegistersBuffersError(CaptureError):
 
 
 def _record_all(
-    model: Model, module: nn.Module, examples: Examples, kinds: set[str]
+    model: Model, module: nn.Module, examples: Examples, kinds: Kinds
 ) -> dict[str, Program]:
-    """Record every program; one of each kind that is new is compared with the module.
+    """Record every program; what it takes to trust them is compared with the module.
 
     Args:
         model: Whose.
         module: Afterwards as it was.
         examples: Batches.
-        kinds: Known to be right; gets those that are found to be.
+        kinds: Of calls that are known to be captured rightly; gets what is new.
 
     Raises:
         CaptureError: one of them cannot be recorded, or is not what the module computes.
     """
     kept, training = Kept(module), model.training
     buffers = [path for path, _ in module.named_buffers()]
-    judged = _judged(examples.batches)
     found: dict[str, Program] = {}
-    proven: set[str] = set()
-    for name in sorted(examples.batches, key=lambda name: (name != judged, name)):
-        leaves, split = examples.batches[name], name.partition("/")[0]
+
+    def program(name: str, leaves: Leaves, proof: list[str] | None) -> tuple[Program, list[str]]:
+        split = name.partition("/")[0]
         with kept.afterwards():
             traced = record(module, training, name, leaves)
             if [path for path, _ in module.named_buffers()] != buffers:
                 raise _RegistersBuffersError("its first call registers buffers")
             _check_loss(model, name, traced.loss())
             dtype, gradients = training.autocast_dtype, split == "train"
-            found[name] = convert(traced, autocast_dtype=dtype, gradients=gradients)
-            kind = kind_of(traced, module, training, split)
-            if name == judged or kind not in kinds | proven:
-                validate(found[name], name, module, training, leaves, seeds=(1,), called=True)
-                proven.add(kind)
-    kinds |= proven
-    return {name: found[name] for name in examples.batches}
+            made = convert(traced, autocast_dtype=dtype, gradients=gradients)
+            shape = skeleton(traced)
+            trusted = shape == proof or (
+                split != "train" and kinds.knows(traced, module, training, split)
+            )
+            if not trusted:
+                validate(made, name, module, training, leaves, seeds=(1,), called=kept)
+                kinds.learn(traced, module, training, split)
+        return made, shape
+
+    proof = _proof(program, examples)
+    for name, leaves in examples.batches.items():
+        found[name], shape = program(name, leaves, proof)
+        proof = proof or shape
+    return found
+
+
+def _proof(
+    program: Callable[[str, Leaves, None], tuple[Program, list[str]]], examples: Examples
+) -> list[str] | None:
+    """The skeleton of training on a few samples, if that is what the module computes.
+
+    Whatever differs from it in nothing but sizes need not be compared, which would take longer.
+    """
+    name = _judged(examples.batches)
+    leaves = examples.batches[name]
+    size = int(name.partition("/")[2])
+    if size >= 4 * _ENOUGH:
+        name, leaves = f"train/{_ENOUGH}", {key: leaf[:_ENOUGH] for key, leaf in leaves.items()}
+    try:
+        with contained:
+            return program(name, leaves, None)[1]
+    except Exception as error:  # a module for batches of its own size
+        log.debug("%s cannot be recorded: %s", name, error)
+        return None
 
 
 def _export_all(model: Model, module: nn.Module, examples: Examples) -> dict[str, Program]:

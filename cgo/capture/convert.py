@@ -110,8 +110,9 @@ class _Converter:
     # --- sources ------------------------------------------------------------------------------
 
     def _placeholders(self, graph: fx.Graph) -> None:
-        for node in graph.find_nodes(op="placeholder"):
-            source = self.traced.sources[node.name]
+        nodes = {node.name: node for node in graph.find_nodes(op="placeholder")}
+        for name, source in self.traced.sources.items():
+            node = nodes[name]
             match source.kind:
                 case "parameter" | "buffer":
                     ref = self._source(

@@ -6,6 +6,7 @@ import contextlib
 import types
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +20,11 @@ _DEPTH = 4
 #: Values that are compared and set by others, or that nothing is written into.
 _WHOLE = (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.MethodType,
           types.BuiltinFunctionType, str, bytes, int, float, torch.dtype, torch.device)  # fmt: skip
+
+
+@cache
+def _is_whole(kind: type) -> bool:
+    return issubclass(kind, _WHOLE) or kind is type(None)
 
 
 class Kept:
@@ -51,7 +57,7 @@ class Kept:
 
     def _look(self, value: Any, depth: int, seen: set[int]) -> None:
         """Write down what is in a container, and in those within it."""
-        if isinstance(value, _WHOLE) or value is None or depth == _DEPTH or id(value) in seen:
+        if _is_whole(type(value)) or depth == _DEPTH or id(value) in seen:
             return
         seen.add(id(value))
         if isinstance(value, dict):

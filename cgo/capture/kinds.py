@@ -1,8 +1,9 @@
-"""Kinds of recordings: the same calls, of other sizes.
+"""Kinds of recorded calls: the same operator on the same types, of other sizes.
 
-What can go wrong in a capture lies in the code of a module and in the operators it calls, not in
-widths and batch sizes. So one program of a kind is compared with its eager module, and what was
-recorded of another is taken as it is: it holds its own sizes, read off its own run.
+What can go wrong in a capture lies in the code of modules and in the operators it calls, not in
+widths, depths or batch sizes. So of each model one training program is compared with its module;
+and another program only where it holds a call that no program of the same classes held which was
+found to be right.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import re
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from cgo.capture.traced import Traced
@@ -19,25 +19,42 @@ from cgo.model import TrainingSpec, as_json, digest_of
 from cgo.private.operators import OpOverload
 
 
-def kind_of(traced: Traced, module: nn.Module, training: TrainingSpec, split: str) -> str:
-    """A digest that is equal for recordings which differ in nothing but sizes.
+class Kinds:
+    """Calls that were found to be captured rightly, by whose code made them."""
 
-    Args:
-        traced: A recording.
-        module: What was recorded: classes, modes and hooks of its parts count.
-        training: Its loss and precision count.
-        split: "train" or "validation".
-    """
-    places = {node: index for index, node in enumerate(traced.graph.nodes)}
-    calls = [_call(node, places, traced) for node in traced.graph.nodes]
-    spec = as_json(training)
-    return digest_of([split, calls, _code(module), spec["loss"], spec["precision"]])
+    def __init__(self) -> None:
+        self._known: dict[str, set[str]] = {}
+
+    def knows(self, traced: Traced, module: nn.Module, training: TrainingSpec, split: str) -> bool:
+        """Whether every call of a recording is of a known kind.
+
+        Args:
+            traced: The recording.
+            module: What was recorded: classes, modes and functions of its parts count.
+            training: Its loss and precision count.
+            split: "train" or "validation".
+        """
+        return _calls(traced) <= self._known.get(_code(module, training, split), set())
+
+    def learn(self, traced: Traced, module: nn.Module, training: TrainingSpec, split: str) -> None:
+        """Add the calls of a recording that was found to be right."""
+        self._known.setdefault(_code(module, training, split), set()).update(_calls(traced))
 
 
-def _code(module: nn.Module) -> list[list[Any]]:
+def skeleton(traced: Traced) -> list[str]:
+    """A recording without its sizes: equal for two that do the same with the same."""
+    places = {node.name: place for place, node in enumerate(traced.graph.nodes)}
+    read = [str([places[n.name] for n in node.all_input_nodes]) for node in traced.graph.nodes]
+    calls = (_call(node, traced) for node in traced.graph.nodes)
+    sources = (f"{source.kind} {source.key}" for source in traced.sources.values())
+    return [*map("".join, zip(calls, read)), *sources]
+
+
+def _code(module: nn.Module, training: TrainingSpec, split: str) -> str:
     """Whose code runs: classes of parts, each once, and functions that were hung onto them."""
-    found = {repr(_part(part)): _part(part) for part in module.modules()}
-    return [found[key] for key in sorted(found)]
+    found = {repr(_part(part)) for part in module.modules()}
+    spec = as_json(training)
+    return digest_of([sorted(found), split, spec["loss"], spec["precision"]])
 
 
 def _part(part: nn.Module) -> list[Any]:
@@ -48,37 +65,36 @@ def _part(part: nn.Module) -> list[Any]:
     return [type(part).__module__, type(part).__qualname__, part.training, named, backward]
 
 
-def _call(node: fx.Node, places: dict[fx.Node, int], traced: Traced) -> list[Any]:
-    source = traced.sources.get(node.name)
-    if source is not None:
-        trained = source.seen is not None and source.seen.requires_grad
-        key = source.key if source.kind == "input" else ""
-        return [source.kind, key, trained, *_type(source.value)]
-    values = [node.meta.get("val")] if not isinstance(node.meta.get("val"), (tuple, list)) else [
-        *node.meta["val"]
-    ]  # fmt: skip
-    setting = node.meta.get("setting")
+def _calls(traced: Traced) -> set[str]:
+    return {_call(node, traced) for node in traced.graph.nodes if node.op == "call_function"}
+
+
+def _call(node: fx.Node, traced: Traced) -> str:
     sizes = _sizes(node.target) if isinstance(node.target, OpOverload) else frozenset()
-    given = [_argument(value, places, index in sizes) for index, value in enumerate(node.args)]
-    named = [[k, _argument(v, places, k in sizes)] for k, v in sorted(node.kwargs.items())]
-    types = [_type(value) for value in values if isinstance(value, Tensor)]
-    return [str(node.target), given, named, types, repr(setting)]
+    given = [_argument(value, traced, index in sizes) for index, value in enumerate(node.args)]
+    named = [(k, _argument(v, traced, k in sizes)) for k, v in sorted(node.kwargs.items())]
+    return repr((str(node.target), given, named, node.meta.get("setting")))
 
 
-def _type(tensor: Tensor) -> list[Any]:
-    return [str(tensor.dtype), tensor.dim(), tensor.requires_grad, tensor.is_contiguous()]
-
-
-def _argument(value: Any, places: dict[fx.Node, int], size: bool) -> Any:
+def _argument(value: Any, traced: Traced, size: bool) -> Any:
     if isinstance(value, fx.Node):
-        return ["node", places[value]]
+        source = traced.sources.get(value.name)
+        if source is None:
+            return _types(value.meta.get("val"))
+        return source.kind, source.key if source.kind == "input" else "", _types(source.value)
     if isinstance(value, (tuple, list)):
-        return [_argument(item, places, size) for item in value]
+        return [_argument(item, traced, size) for item in value]
     if size and type(value) is int:
         return "size" if value >= 0 else value
-    if isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format)):
-        return str(value)
-    return [type(value).__name__, repr(value)]
+    return value
+
+
+def _types(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.dtype, value.dim(), value.requires_grad, value.is_contiguous()
+    if isinstance(value, (tuple, list)):
+        return [_types(item) for item in value]
+    return value
 
 
 _NAME = re.compile(r"SymInt(?:\[\d*\])?\??\s+(\w+)")

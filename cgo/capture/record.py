@@ -78,16 +78,14 @@ class _Recording:
         self._module = module
         self._names: dict[int, str] | None = None  # of tensors that modules keep besides
         self._grad, self._cast = torch.is_grad_enabled(), _autocast_setting()
-        for path, parameter in module.named_parameters():
-            self._source(
-                f"p_{_snake(path)}", parameter, Source("parameter", path, parameter, parameter)
-            )
-        for path, buffer in module.named_buffers():
-            self._source(f"b_{_snake(path)}", buffer, Source("buffer", path, buffer, buffer))
-        inputs = [
-            self._source(k, leaf, Source("input", k, leaf, leaf)) for k, leaf in leaves.items()
-        ]
-        self._constants_end = inputs[0]
+        self._own: dict[int, tuple[str, Source]] = {}  # what may be read, by identity
+        for path, tensor in module.named_parameters():
+            source = Source("parameter", path, tensor, tensor)
+            self._own[id(tensor)] = f"p_{_snake(path)}", source
+        for path, tensor in module.named_buffers():
+            self._own[id(tensor)] = f"b_{_snake(path)}", Source("buffer", path, tensor, tensor)
+        for key, leaf in leaves.items():
+            self._own[id(leaf)] = key, Source("input", key, leaf, leaf)
 
     def _source(self, name: str, tensor: Tensor, source: Source) -> fx.Node:
         node = self.graph.create_node("placeholder", name, name=name)
@@ -112,7 +110,7 @@ class _Recording:
     def _call(self, overload: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not isinstance(overload, OpOverload):
             self.refuse(f"higher-order operator {overload}")
-        if overload is _ATEN.lift_fresh.default and id(args[0]) not in self._nodes:
+        if overload is _ATEN.lift_fresh.default and not self._is_known(args[0]):
             return self._lift(args[0])
         given = (
             tuple(map(self._argument, args)),
@@ -144,7 +142,7 @@ class _Recording:
 
     def _learn(self, result: Tensor, node: fx.Node, overload: OpOverload) -> None:
         """A result is known by its node; one that was known before stays what it was."""
-        if overload._schema.is_mutable or id(result) not in self._nodes:
+        if overload._schema.is_mutable or not self._is_known(result):
             self._nodes[id(result)] = node
 
     def _note_setting(self, node: fx.Node) -> None:
@@ -152,6 +150,9 @@ class _Recording:
         cast = _autocast_setting()
         if detached or cast != self._cast:
             node.meta["setting"] = Setting(detached, None if cast == self._cast else cast)
+
+    def _is_known(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._nodes or id(tensor) in self._own
 
     def _lift(self, tensor: Tensor) -> Tensor:
         """A tensor made of Python's numbers: a constant, of which each call makes a new one."""
@@ -172,6 +173,8 @@ class _Recording:
         node = self._nodes.get(id(tensor))
         if node is not None:
             return node
+        if (own := self._own.get(id(tensor))) is not None:
+            return self._source(own[0], tensor, own[1])
         # Torch hands out what a factory made as another object, as somebody else (we) keeps it.
         if tensor.layout is torch.strided and (node := self._made.get(_place(tensor))) is not None:
             self._nodes[id(tensor)] = node
@@ -190,8 +193,7 @@ class _Recording:
         if name is None:
             name, self._lifted = f"lifted_tensor_{self._lifted}", self._lifted + 1
         value = run(_ATEN.clone.default, (run(_ATEN.detach.default, (tensor,), {}),), {})
-        with self.graph.inserting_before(self._constants_end):
-            return self._source(f"c_{name}", tensor, Source("constant", "", value, tensor))
+        return self._source(f"c_{name}", tensor, Source("constant", "", value, tensor))
 
     def finish(self, loss: Any, prediction: Any) -> Traced:
         """The graph, with its results.
@@ -202,11 +204,22 @@ class _Recording:
         if self.refused is not None:
             raise self.refused
         found = [
-            self._nodes.get(id(value)) if isinstance(value, Tensor) else None
+            self._tensor(value) if isinstance(value, Tensor) and self._is_known(value) else None
             for value in (loss, prediction)
         ]
         self.graph.output(tuple(found))
-        return Traced(self.graph, self.sources, recorded=True)
+        return Traced(self.graph, self._sorted_sources(), recorded=True)
+
+    def _sorted_sources(self) -> dict[str, Source]:
+        """Sources in the order of the module's own, with constants before the inputs."""
+        places = {(s.kind, s.key): place for place, (_, s) in enumerate(self._own.values())}
+        last = len(places)
+
+        def order(item: tuple[str, Source]) -> tuple[bool, int]:
+            source = item[1]
+            return source.kind == "input", places.get((source.kind, source.key), last)
+
+        return dict(sorted(self.sources.items(), key=order))
 
 
 def _is_factory(overload: OpOverload) -> bool:

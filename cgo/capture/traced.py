@@ -40,15 +40,14 @@ class Traced:
     """
 
     graph: fx.Graph
-    sources: Mapping[str, Source]  # by the placeholder's name
+    sources: Mapping[str, Source]  # by the placeholder's name; nodes of ours come in this order
     owner: fx.GraphModule | None = None  # of an export: has its regions
     recorded: bool = False
 
-    def loss(self) -> Tensor:
-        """Of a recording: what the run gave."""
-        node: fx.Node = self.graph.output_node().args[0][0]  # type: ignore[index,assignment]
-        found: Tensor = node.meta["val"]
-        return found
+    def loss(self) -> Tensor | None:
+        """Of a recording: what the run gave; None where that was no result of an operator."""
+        node: Any = self.graph.output_node().args[0][0]  # type: ignore[index]
+        return None if node is None else node.meta.get("val")
 
 
 def of_export(exported: ExportedProgram, leaves: Mapping[str, Tensor], strip: str) -> Traced:

@@ -8,6 +8,7 @@ of zero. What Python keeps between calls must not change.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -58,7 +59,7 @@ def validate(
     *,
     seeds: Sequence[int] = (0, 1),
     proven: bool = False,
-    called: bool = False,
+    called: Kept | None = None,
 ) -> None:
     """Run captured and eager side by side, for each seed in another order of the batch.
 
@@ -74,13 +75,14 @@ def validate(
         seeds: One, at a disturbed state, tells whether a module is built alike; what is baked into
             a program, such as random numbers, takes two to show, or a recording and one.
         proven: Refuse a module that does not run at any disturbed state.
-        called: The module has been called before, so that nothing is set up any more.
+        called: What the module was before it was called, so that nothing is set up any more; who
+            gives it puts the module back.
 
     Raises:
         CaptureError: they do not agree; says what differs.
     """
-    kept = Kept(module)
-    with kept.afterwards():
+    kept = called or Kept(module)
+    with contextlib.nullcontext() if called else kept.afterwards():
         sides = _Sides(program, name, module, training, kept)
         watched = Watched(module, (loss_function(training.loss),))
         before = watched.snapshot()
@@ -90,13 +92,13 @@ def validate(
             try:
                 sides.compare(seed, rolled, disturbed=disturbed, proven=proven)
             except CaptureError:
-                if number == 0 and not called:
+                if number == 0 and called is None:
                     before = watched.snapshot()
                     sides.call_again()
                 _refuse_moved(before, watched.snapshot(), name)  # the better reason
                 raise
             after = watched.snapshot()
-            if number or called:  # what a first call sets up is not there before it
+            if number or called is not None:  # what a first call sets up is not there before it
                 _refuse_moved(before, after, name)
             before = after
 
