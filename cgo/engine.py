@@ -34,9 +34,9 @@ from cgo.interface import (
 )
 from cgo.model import Model, ModelStatus
 from cgo.passes.batch_operators import BatchOperators
-from cgo.planner import MergeReport
 from cgo.platforms.base import Platform
 from cgo.platforms.local import GRACE_S, IN_TRIAL, LocalPlatform
+from cgo.report import MergeReport
 from cgo.scheduler import Scheduler
 from cgo.store import Store, spec_of
 from cgo.tuning import Tuning

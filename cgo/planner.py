@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,37 +34,18 @@ from cgo.passes.dedup_stems import dedup_stems
 from cgo.passes.merge import merge
 from cgo.passes.pipeline import run_pipeline
 from cgo.passes.place import Need, estimate_needs
-from cgo.passes.unmerged import Family, unmerged
+from cgo.report import MergeReport, report_of
 from cgo.runtime.placing import state_bytes
 from cgo.user_code import contained, told, where
 from cgo.wire import why_unwritable
+from cgo.worth import Estimate, Sample, estimate
 
 log = logging.getLogger(__name__)
 
 _FUSE_ALL = BatchOperators()
 
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What merging did: counts for people, kept with the trial."""
-
-    passes: tuple[tuple[str, int, int], ...]  # name, nodes before, nodes after
-    models: int
-    captured: int
-    loaders_before: int
-    loaders: int
-    stems_shared: int  # nodes with several owners that are not inputs
-    grouped: int  # nodes that are fused with others, of all programs
-    groups: int  # fused operators that they become
-    aliases: Mapping[ModelId, ModelId]
-    opaque: Mapping[ModelId, str]
-    unmerged: tuple[Family, ...]
-    capture_s: float
-    merge_s: float
-
-    def as_json(self) -> dict[str, Any]:
-        """The report as JSON values."""
-        return asdict(self)
+#: Seconds for which models are tried before it is decided whether to merge.
+_SAMPLING_S = 0.01
 
 
 @dataclass(frozen=True)
@@ -143,10 +124,56 @@ class Planner:
                 helpers.consider((time.perf_counter() - started) / count)
         self._capture_s += time.perf_counter() - started
 
-    def _capture_here(self, model: Model) -> None:
+    def consider(self, models: Sequence[Model], device: str) -> Estimate | None:
+        """Leave models uncaptured that are not worth merging; they train as they are.
+
+        Args:
+            models: Of one trial, or of several side by side.
+            device: Where they train: "cpu", or any other for a GPU.
+
+        Returns:
+            What was estimated; None where nothing could be, or where models are given as modules,
+            which only a graph takes to a trial.
+        """
+        new = [m for m in models if m.model_id not in self._captured.keys() | self._failed.keys()]
+        if not new or len(new) < len(models) or not self._merge:
+            return None
+        if not all(isinstance(model.module, str) for model in new):
+            return None
+        found = self._estimated(new, device)
+        if found is not None and not found.merge:
+            for model in new:
+                self._capture_here(model, f"merging would not repay itself ({found})")
+        return found
+
+    def _estimated(self, models: Sequence[Model], device: str) -> Estimate | None:
+        """Both sides, from steps of a few models, tried for no longer than `_SAMPLING_S`."""
+        self._refused = {}
+        samples: list[Sample] = []
+        batches: list[tuple[int, int]] = []
+        started = time.perf_counter()
+        for place in dict.fromkeys(len(models) * share // 4 for share in (2, 0, 3, 1)):
+            try:
+                with contained:
+                    examples = self._examples_of(models[place].data)
+                    samples.append(self._capturer.sample(models[place], examples))
+            except Exception as error:  # its capture will say so
+                log.debug("%r is no sample: %s", models[place].model_id, told(error))
+                continue
+            batches.append(examples.epoch)
+            if time.perf_counter() - started > _SAMPLING_S:
+                break
+        if not samples:
+            return None
+        each = [sum(numbers) // len(batches) for numbers in zip(*batches)]
+        epochs = [model.training.epochs for model in models]
+        return estimate(samples, epochs, (each[0], each[1]), device=device)
+
+    def _capture_here(self, model: Model, plain: str = "") -> None:
+        """Capture a model; or leave it as it is, for a reason."""
         try:
             with contained:
-                captured = self._capture(model)
+                captured = self._capture(model) if not plain else self._plain(model, plain)
         except Exception as error:
             self._note(model, None, _failure(model.model_id, "capturing it", error))
         else:
@@ -208,7 +235,11 @@ class Planner:
         self._captured |= captured
 
     def plan(
-        self, models: Sequence[Model], folder: Path, experiment: Mapping[str, Any] | None = None
+        self,
+        models: Sequence[Model],
+        folder: Path,
+        experiment: Mapping[str, Any] | None = None,
+        estimated: Estimate | None = None,
     ) -> Plan:
         """Capture and merge models, and write the trial's document and weights into `folder`.
 
@@ -216,6 +247,7 @@ class Planner:
             models: What the trial is to train.
             folder: The trial's own folder.
             experiment: JSON settings that the trial reads with `cgo.trial.experiment_config`.
+            estimated: What `consider` gave; it stands in the report.
 
         Raises:
             Exception: the models cannot be planned together, for whatever reason a pass had. Fewer
@@ -224,7 +256,8 @@ class Planner:
         captured, failures = self._capture_all(models)
         try:
             with _uncollected():
-                return self._planned(models, captured, failures, folder, experiment or {})
+                plan = self._planned(models, captured, failures, folder, experiment or {})
+            return replace(plan, report=replace(plan.report, estimate=estimated))
         except Exception:
             self._captured |= captured
             self._failed |= failures
@@ -246,7 +279,7 @@ class Planner:
         counts: list[tuple[str, int, int]] = []
         graph = self._merged([captured[model.model_id] for model in kept], aliases, counts)
         merge_s = time.perf_counter() - started
-        report = _report(kept, captured, aliases, graph, counts, capture_s, merge_s)
+        report = report_of(kept, captured, aliases, graph, counts, capture_s, merge_s)
         if not kept:
             return Plan(None, report, failures)
         trained = [model for model in kept if model.model_id not in aliases]
@@ -298,6 +331,9 @@ class Planner:
 
     def _capture(self, model: Model) -> Captured:
         return _writable(self._capturer.capture(model, self._examples_of(model.data)))
+
+    def _plain(self, model: Model, reason: str) -> Captured:
+        return self._capturer.plain(model, self._examples_of(model.data), reason)
 
     def _examples_of(self, spec: DataSpec) -> Examples:
         key = spec.digest
@@ -448,33 +484,3 @@ def _uncollected() -> Iterator[None]:
     finally:
         if was:
             gc.enable()
-
-
-def _report(
-    models: Sequence[Model],
-    captured: Mapping[ModelId, Captured],
-    aliases: Mapping[ModelId, ModelId],
-    graph: Graph,
-    counts: Sequence[tuple[str, int, int]],
-    capture_s: float,
-    merge_s: float,
-) -> MergeReport:
-    opaque = {
-        id_: item.entry.opaque for id_, item in captured.items() if item.entry.opaque is not None
-    }
-    shared = [node for node in graph.nodes if len(node.owners) > 1 and node.op != "cgo.input"]
-    return MergeReport(
-        passes=tuple(counts),
-        models=len(models),
-        captured=len(models) - len(opaque),
-        loaders_before=len(models),
-        loaders=len({model.data.digest for model in models}),
-        stems_shared=len(shared),
-        grouped=sum(node.group is not None for node in graph.nodes),
-        groups=len({node.group for node in graph.nodes if node.group is not None}),
-        aliases=dict(aliases),
-        opaque=opaque,
-        unmerged=unmerged(graph),
-        capture_s=capture_s,
-        merge_s=merge_s,
-    )

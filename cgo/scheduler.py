@@ -26,8 +26,9 @@ from cgo.graph import ModelId
 from cgo.interface import AbstractGraphListener
 from cgo.model import Model
 from cgo.passes.batch_operators import BatchOperators
-from cgo.planner import MergeReport, Planner
+from cgo.planner import Planner
 from cgo.platforms.base import Platform, TrialExit, TrialId, TrialRequest
+from cgo.report import MergeReport
 from cgo.runtime import checkpoint
 from cgo.runtime.accelerator import FILLED
 from cgo.store import Store

@@ -14,9 +14,15 @@ from torch.export import ExportedProgram
 
 from cgo.capture.bind import bind
 from cgo.capture.convert import Program, convert
+from cgo.capture.eager import (
+    check_loss,
+    materialised,
+    registered_buffers,
+    run_eagerly,
+    timed,
+)
 from cgo.capture.evaluation import in_evaluation_mode
-from cgo.capture.export import at_line, export, quiet, reason_of, source_of
-from cgo.capture.first_call import lazy, materialise, registered
+from cgo.capture.export import export, quiet, reason_of
 from cgo.capture.kept import Kept
 from cgo.capture.kinds import Kinds, skeleton
 from cgo.capture.lightning import refuse_ignored_training
@@ -29,12 +35,12 @@ from cgo.graph import Graph, dump
 from cgo.graph_data import Factory, ModelEntry, StateEntry
 from cgo.model import DataSpec, Model, TrainingSpec, as_json, digest_of, loss_function
 from cgo.private.late_compiler import import_late
-from cgo.runtime.data import Leaves, Loader, open_data, preserved_random_state
+from cgo.runtime.data import Leaves, Loader, open_data
 from cgo.runtime.optimizers import Updater
 from cgo.runtime.state import RandomState, build_module
-from cgo.runtime.step import Step, autocast, eval_mode
-from cgo.user_code import contained, told
+from cgo.user_code import contained
 from cgo.weights import tensor_hash
+from cgo.worth import Sample
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +53,12 @@ class Examples:
 
     spec: DataSpec
     batches: Mapping[str, Leaves]
+    epoch: tuple[int, int] = (0, 0)  # batches of an epoch's training, and of its evaluation
+
+    @property
+    def first(self) -> Leaves:
+        """The first training batch."""
+        return next(iter(self.batches.values()))
 
     @classmethod
     def of(cls, spec: DataSpec) -> Examples:
@@ -63,7 +75,7 @@ class Examples:
             for split, found in sizes.items()
             for size in dict.fromkeys(found)
         }
-        return cls(spec, batches)
+        return cls(spec, batches, (len(data.train_sizes), len(data.validation_sizes)))
 
 
 @dataclass(frozen=True)
@@ -126,25 +138,42 @@ class Capturer:
         with Watched(module, (loss_function(model.training.loss),)).preserved():
             return self._captured(model, module, random, examples)
 
+    def plain(self, model: Model, examples: Examples, reason: str) -> Captured:
+        """A factory's model as it is, to be trained by its own module.
+
+        Args:
+            model: Given as a factory.
+            examples: Of its data.
+            reason: Why it is not captured.
+
+        Raises:
+            ModelError: the model cannot be built.
+        """
+        module, random = self._module(model)
+        refuse_ignored_training(model.model_id, module)
+        begun = _prepared(model, module, random, examples)
+        return Captured(replace(_entry(model, module, random), opaque=reason), None, begun=begun)
+
+    def sample(self, model: Model, examples: Examples) -> Sample:
+        """How long a step of a model takes, called twice on its first training batch.
+
+        Raises:
+            Exception: whatever the model raises.
+        """
+        module, _ = self._module(model)
+        layers = sum(not any(part.children()) for part in module.modules())
+        with contained:
+            return Sample(
+                min(timed(module, model.training, examples.first) for _ in range(2)), layers
+            )
+
     def _captured(
         self, model: Model, module: nn.Module, random: RandomState | None, examples: Examples
     ) -> Captured:
-        begun = _materialised(model, module, random, next(iter(examples.batches.values())))
-        try:
-            Updater(model.training, list(module.parameters()))
-        except ModelError as error:
-            raise ModelError(f"model {model.model_id!r}: {error}") from error
+        begun = _prepared(model, module, random, examples)
         found, fresh = self._template(model, module, random, examples)
         begun = begun or fresh
-        state = _state_entries(module)
-        entry = ModelEntry(
-            id=model.model_id,
-            seed=model.seed,
-            data=model.data.digest,
-            training=model.training,
-            state=state,
-            factory=None if random is None else Factory(str(model.module), model.kwargs),
-        )
+        entry = _entry(model, module, random)
         if found.programs is None:
             if random is None:
                 raise ModelError(
@@ -159,7 +188,7 @@ class Capturer:
         graph = bind(found.programs, model, module)
         if random is not None:
             return Captured(entry, graph, constants, begun=begun)
-        tensors = _tensors(module, state)
+        tensors = _tensors(module, entry.state)
         return Captured(entry, graph, constants, tensors, found.digest(tensors))
 
     def _module(self, model: Model) -> tuple[nn.Module, RandomState | None]:
@@ -184,7 +213,9 @@ class Capturer:
             known, fresh = self._found(model, module, random, examples)
             self._templates[key] = known
             return known, fresh
-        fresh = _registered(model, module, random, examples) if known.registers else None
+        fresh = (
+            registered_buffers(model, module, random, examples.first) if known.registers else None
+        )
         if known.programs is not None:
             # Another seed, or another call of the factory, may have drawn another structure that
             # its printed form does not show: the cached graph must fit this very module.
@@ -207,9 +238,9 @@ class Capturer:
             if found.programs is not None:
                 return found, fresh
         else:
-            fresh = _registered(model, module, random, examples)
+            fresh = registered_buffers(model, module, random, examples.first)
         for name, leaves in examples.batches.items():
-            _run_eagerly(model, module, name, leaves)  # what fails here fails alone as well
+            run_eagerly(model, module, name, leaves)  # what fails here fails alone as well
         if "export" in self._ways:
             found = _tried(_export_all, model, module, examples)
         return replace(found, registers=fresh is not None), fresh
@@ -222,7 +253,7 @@ class Capturer:
         found = _tried(_record_all, model, module, examples, self._kinds)
         if found.programs is not None or not found.registers:
             return found, None
-        fresh = _registered(model, module, random, examples)
+        fresh = registered_buffers(model, module, random, examples.first)
         if len(dict(module.named_buffers())) > before:
             found = _tried(_record_all, model, module, examples, self._kinds)
         return replace(found, registers=fresh is not None), fresh
@@ -280,7 +311,7 @@ def _record_all(
             traced = record(module, training, name, leaves)
             if [path for path, _ in module.named_buffers()] != buffers:
                 raise _RegistersBuffersError("its first call registers buffers")
-            _check_loss(model, name, traced.loss())
+            check_loss(model, name, traced.loss())
             dtype, gradients = training.autocast_dtype, split == "train"
             made = convert(traced, autocast_dtype=dtype, gradients=gradients)
             shape = skeleton(traced)
@@ -374,77 +405,26 @@ def _program(
     return program
 
 
-def _materialised(
-    model: Model, module: nn.Module, random: RandomState | None, leaves: Leaves
-) -> Mapping[str, Tensor] | None:
-    """Give lazy parameters what a first call gives them, and a trial what it needs to do so."""
-    paths = lazy(module)
-    if not paths:
-        return None
-    if random is None:
-        raise ModelError(
-            f"model {model.model_id!r}: this nn.Module instance has lazy parameters "
-            f"({', '.join(paths[:3])}); call it once before it is submitted, or give a factory "
-            "('package.module:callable' with kwargs)"
-        )
-    try:
-        with contained:
-            return materialise(module, model.training, leaves, random)
-    except Exception as error:
-        raise ModelError(_raised(model, leaves, error)) from error
-
-
-def _registered(
+def _prepared(
     model: Model, module: nn.Module, random: RandomState | None, examples: Examples
 ) -> Mapping[str, Tensor] | None:
-    """Give a factory's module the buffers that its first call registers; None: there are none."""
-    if random is None:
-        return None
-    leaves = next(iter(examples.batches.values()))
+    """Give lazy parameters their shapes, and see that the optimizer takes the parameters."""
+    begun = materialised(model, module, random, examples.first)
     try:
-        with contained:
-            return registered(module, model.training, leaves, model.seed)
-    except Exception as error:
-        raise ModelError(_raised(model, leaves, error)) from error
+        Updater(model.training, list(module.parameters()))
+    except ModelError as error:
+        raise ModelError(f"model {model.model_id!r}: {error}") from error
+    return begun
 
 
-def _run_eagerly(model: Model, module: nn.Module, name: str, leaves: Leaves) -> None:
-    """Find out whether the model runs at all; what fails here fails training alone as well."""
-    probe = copy.deepcopy(module)
-    step = Step(probe, model.training, tuple(leaves))
-    try:
-        with contained, preserved_random_state(), autocast(model.training, "cpu"):
-            torch.manual_seed(model.seed)
-            if name.startswith("validation"):
-                with torch.no_grad(), eval_mode(step):
-                    loss, _ = step(*(leaf.clone() for leaf in leaves.values()))
-            else:
-                loss, _ = step(*(leaf.clone() for leaf in leaves.values()))
-    except Exception as error:
-        raise ModelError(_raised(model, leaves, error)) from error
-    _check_loss(model, name, loss)
-
-
-def _check_loss(model: Model, name: str, loss: Any) -> None:
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise ModelError(
-            f"model {model.model_id!r}: loss {model.training.loss} must return a scalar tensor, "
-            f"it returned {list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__}"
-        )
-    if name.startswith("train") and not loss.requires_grad:
-        raise ModelError(
-            f"model {model.model_id!r}: its loss carries no gradient, so training would change "
-            "nothing: backward() would raise 'element 0 of tensors does not require grad'. Look "
-            "for a detach(), a no_grad(), an argmax or .item() between parameters and loss, or for "
-            "parameters that are all frozen"
-        )
-
-
-def _raised(model: Model, leaves: Leaves, error: Exception) -> str:
-    shapes = ", ".join(f"{key} {list(leaf.shape)}" for key, leaf in leaves.items())
-    return (
-        f"model {model.model_id!r}: a batch ({shapes}) through the module and its loss "
-        f"{model.training.loss} raised {told(error)}{at_line(source_of(error))}"
+def _entry(model: Model, module: nn.Module, random: RandomState | None) -> ModelEntry:
+    return ModelEntry(
+        id=model.model_id,
+        seed=model.seed,
+        data=model.data.digest,
+        training=model.training,
+        state=_state_entries(module),
+        factory=None if random is None else Factory(str(model.module), model.kwargs),
     )
 
 

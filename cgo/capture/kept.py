@@ -6,7 +6,6 @@ import contextlib
 import types
 from collections import deque
 from collections.abc import Callable, Iterator
-from functools import cache
 from typing import Any
 
 import torch
@@ -22,9 +21,15 @@ _WHOLE = (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.M
           types.BuiltinFunctionType, str, bytes, int, float, torch.dtype, torch.device)  # fmt: skip
 
 
-@cache
+#: Whether values of a type are looked into: most are of few types.
+_KNOWN: dict[type, bool] = {}
+
+
 def _is_whole(kind: type) -> bool:
-    return issubclass(kind, _WHOLE) or kind is type(None)
+    found = _KNOWN.get(kind)
+    if found is None:
+        found = _KNOWN[kind] = issubclass(kind, _WHOLE) or kind is type(None)
+    return found
 
 
 class Kept:

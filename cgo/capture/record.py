@@ -82,8 +82,8 @@ class _Recording:
         for path, tensor in module.named_parameters():
             source = Source("parameter", path, tensor, tensor)
             self._own[id(tensor)] = f"p_{_snake(path)}", source
-        for path, tensor in module.named_buffers():
-            self._own[id(tensor)] = f"b_{_snake(path)}", Source("buffer", path, tensor, tensor)
+        for path, buffer in module.named_buffers():
+            self._own[id(buffer)] = f"b_{_snake(path)}", Source("buffer", path, buffer, buffer)
         for key, leaf in leaves.items():
             self._own[id(leaf)] = key, Source("input", key, leaf, leaf)
 

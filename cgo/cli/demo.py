@@ -14,8 +14,8 @@ from cgo.cli import serial
 from cgo.cli.search import search
 from cgo.engine import CGOEngine
 from cgo.model import DataSpec, Model, TrainingSpec, best
-from cgo.planner import MergeReport
 from cgo.platforms.local import LocalPlatform, default_workers
+from cgo.report import MergeReport
 from cgo.store import open_experiment
 
 #: What the best model must reach on the validation digits.

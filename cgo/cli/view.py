@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from cgo.interface import AbstractGraphListener, MetricData
 from cgo.model import Model, ModelStatus
-from cgo.planner import MergeReport
+from cgo.report import MergeReport
 from cgo.text import printable
 
 _STYLES = {

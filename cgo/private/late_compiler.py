@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import _compile
 from torch.optim import Optimizer
 
 __all__ = ["import_late"]
 
-NAMES = ("torch._disable_dynamo", "torch._subclasses.fake_tensor.FakeTensorMode")
+NAMES = ("torch._compile._disable_dynamo", "torch._subclasses.fake_tensor.FakeTensorMode")
 
 _COMPILER = "torch._dynamo"
 
@@ -48,6 +49,6 @@ def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
         if _COMPILER not in sys.modules:
             return function(*args, **kwargs)
         setattr(function, _TOLD, None)
-        return torch._disable_dynamo(function)(*args, **kwargs)
+        return _compile._disable_dynamo(function)(*args, **kwargs)
 
     return call

@@ -1,0 +1,124 @@
+"""Whether merging can win, everything counted; where it cannot, models train as they are.
+
+What merging costs comes before training: a model is captured, merged, lowered and written down.
+What it saves is a share of every step. So few steps, or one model, may not repay it. Both sides are
+estimated from the time of a step of some of the models and from figures that were measured once:
+they need to be right only where the two are close, and there it matters little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a model and one of its layers cost before a step is trained, in seconds.
+
+    Measured on one thread of a CPU, for the networks of `cgo demo` and of NAS-Bench-201; a capture
+    calls a model some times as well.
+
+    Example:
+        >>> Costs().before(step_s=0.004, layers=12) < 0.15
+        True
+    """
+
+    model_s: float = 0.015
+    layer_s: float = 0.004
+    calls: float = 3.5
+
+    def before(self, step_s: float, layers: int) -> float:
+        """Seconds of capture, merging and lowering of one model."""
+        return self.model_s + layers * self.layer_s + self.calls * step_s
+
+
+#: Training and evaluation alone against merged, by the number of models from which on: small
+#: steps gain more, and on a GPU the time is in the launches that are saved.
+_GAINS = {
+    "cpu": ((1, 1.1), (2, 1.25), (4, 1.4)),
+    "cuda": ((1, 1.5), (2, 1.9), (4, 3.0), (16, 6.0)),
+}
+
+#: Seconds of a step on a CPU from which on nothing but the layout of images is gained.
+_LARGE_S = 0.1
+_LEAST_GAIN = 1.05
+
+#: An evaluated batch takes such a part of a training step.
+_EVALUATION = 0.35
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What is known of one model before it is captured."""
+
+    step_s: float  # forward and backward of one full batch
+    layers: int  # parts of the module without parts of their own
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Both sides of the decision, in seconds of one worker."""
+
+    models: int
+    plain_s: float
+    merged_s: float
+
+    @property
+    def merge(self) -> bool:
+        """Whether merging is expected to win."""
+        return self.merged_s < self.plain_s
+
+    def __str__(self) -> str:
+        return (
+            f"{self.models} model(s): {self.plain_s:.2g} s one after another, "
+            f"{self.merged_s:.2g} s merged, capture and lowering counted"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """The estimate as JSON values."""
+        return {"models": self.models, "plain_s": self.plain_s, "merged_s": self.merged_s}
+
+
+def estimate(
+    samples: Sequence[Sample],
+    epochs: Sequence[int],
+    batches: tuple[int, int],
+    *,
+    device: str = "cpu",
+    costs: Costs | None = None,
+) -> Estimate:
+    """Estimate both ways of training.
+
+    Args:
+        samples: Of some of the models; the others are taken to be like their mean.
+        epochs: Of each model.
+        batches: Of an epoch's training, and of its evaluation.
+        device: "cpu", or any other for a GPU.
+        costs: What comes before training.
+
+    Example:
+        >>> small = Sample(step_s=0.004, layers=12)
+        >>> estimate([small], [1] * 16, (23, 6)).merge
+        False
+        >>> estimate([small], [20] * 16, (23, 6)).merge
+        True
+    """
+    costs = costs or Costs()
+    training, evaluation = batches
+    step_s = sum(sample.step_s for sample in samples) / len(samples)
+    before = sum(costs.before(s.step_s, s.layers) for s in samples) / len(samples)
+    plain_s = step_s * sum(epochs) * (training + _EVALUATION * evaluation)
+    merged_s = before * len(epochs) + plain_s / gain(len(epochs), step_s, device)
+    return Estimate(len(epochs), plain_s, merged_s)
+
+
+def gain(models: int, step_s: float, device: str) -> float:
+    """How many times faster models are expected to train merged."""
+    table = _GAINS["cpu" if device == "cpu" else "cuda"]
+    most = next(value for least, value in reversed(table) if models >= least)
+    if device != "cpu":
+        return most
+    share = min(1.0, step_s / _LARGE_S)
+    return max(_LEAST_GAIN, most + share * (_LEAST_GAIN - most))
