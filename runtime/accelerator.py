@@ -448,6 +448,11 @@ def accelerator_for(device: torch.device) -> Accelerator:
     return _known[device]
 
 
+def forget_accelerators() -> None:
+    """Let the devices' seams be made anew, as in a process that has used none."""
+    _known.clear()
+
+
 def numbered(device: torch.device) -> torch.device:
     """The device with its number: "cuda" is the current one, as torch takes it."""
     if device.type != "cuda" or device.index is not None:
