@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, Protocol
 
 from cgo.errors import TrialError
 from cgo.graph import ModelId
@@ -72,7 +72,14 @@ def decode(line: str) -> Event:
     return checked(event)
 
 
-def events_in(lines: TextIO, refused: Callable[[str], None]) -> Iterator[Event]:
+class Lines(Protocol):
+    """What lines are read from, in parts."""
+
+    def readline(self, size: int = -1, /) -> str:
+        """The next line, or its first `size` characters; nothing at the end."""
+
+
+def events_in(lines: Lines, refused: Callable[[str], None]) -> Iterator[Event]:
     """The events of a stream, as long as it lasts; no line, however long, is held as a whole.
 
     Args:
@@ -95,7 +102,7 @@ def events_in(lines: TextIO, refused: Callable[[str], None]) -> Iterator[Event]:
 _MOST_REFUSED = 100
 
 
-def _skip_line(lines: TextIO, line: str) -> None:
+def _skip_line(lines: Lines, line: str) -> None:
     while line and not line.endswith("\n"):
         line = lines.readline(MOST_LINE)
 

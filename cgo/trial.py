@@ -13,7 +13,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from cgo.allowed import ALLOWED_MODULES
 from cgo.errors import TrialError
@@ -82,6 +82,12 @@ def enter(graph_data: GraphData) -> None:
     _current = graph_data
 
 
+def leave() -> None:
+    """Make this process no trial again."""
+    global _current
+    _current = None
+
+
 def begin(refused: Mapping[ModelId, str], report: Callable[[Event], None]) -> None:
     """Tell that this process can be a trial, and which models cannot be part of it, and why."""
     report(Event("", "trial", None, {"what": "begun"}))
@@ -99,12 +105,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--events-fd", type=int, default=1, help="where event lines are written")
     parser.add_argument("--parent-fd", type=int, help="a pipe whose closing ends the trial")
     parser.add_argument(
+        "--requests-fd", type=int, help="where trials are asked for, one after another: cgo.worker"
+    )
+    parser.add_argument(
         "--allowed-modules",
         help="modules, with commas between them, that may be imported for the document; without, "
         f"those of {ALLOWED_MODULES}, and where that is not set, all that the document names",
     )
+    parser.add_argument(
+        "--max-growth-bytes", type=int, help="by how much the process may grow between trials"
+    )
     options = parser.parse_args(arguments)
-    if options.document is None and "NNI_PLATFORM" not in os.environ:
+    given = options.document is not None or options.requests_fd is not None
+    if not given and "NNI_PLATFORM" not in os.environ:
         parser.error("a document is needed outside of NNI's trials")
     if options.allowed_modules is not None:
         os.environ[ALLOWED_MODULES] = options.allowed_modules
@@ -118,24 +131,38 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.parent_fd is not None:
+        follow_parent(options.parent_fd)
+    if options.requests_fd is not None:
+        from cgo.worker import serve
+
+        return serve(options.requests_fd, options.events_fd, options.max_growth_bytes)
     if options.document is None:
         from cgo.nni.trial import run
 
         return run()
-    if options.parent_fd is not None:
-        follow_parent(options.parent_fd)
+    with os.fdopen(options.events_fd, "w", buffering=1, closefd=False) as events:
+        train_document(options.document, events)
+    return 0
+
+
+def train_document(path: Path, events: TextIO) -> None:
+    """Be the trial of a document; its modules are found in the folders of the environment.
+
+    Args:
+        path: The document; weights and the checkpoint go beside it.
+        events: Where event lines are written.
+    """
     roots = os.environ.get(IMPORT_ROOTS, "")
     sys.path[:0] = [root for root in roots.split(os.pathsep) if root and root not in sys.path]
-    document, refused = read_document(options.document.read_bytes(), options.document.parent)
+    document, refused = read_document(path.read_bytes(), path.parent)
     enter(document)
-    with os.fdopen(options.events_fd, "w", buffering=1, closefd=False) as events:
 
-        def report(event: Event) -> None:
-            events.write(encode(event) + "\n")
+    def report(event: Event) -> None:
+        events.write(encode(event) + "\n")
 
-        begin(refused, report)
-        execute(folder=options.document.parent, report=report)
-    return 0
+    begin(refused, report)
+    execute(folder=path.parent, report=report)
 
 
 #: Seconds in which what user code has left running may end.

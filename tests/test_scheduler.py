@@ -24,7 +24,7 @@ class Counted(LocalPlatform):
 
     def __init__(self, workers=1, **env):
         env = {"PYTHONPATH": str(Path(__file__).parent), **env}
-        super().__init__(workers, env=env, module="support.scripted_trial")
+        super().__init__(workers, env=env, module="support.scripted_trial", warm=False)
         self.started, self.most = [], 0
 
     def submit(self, request):

@@ -8,15 +8,12 @@ import logging
 import os
 import platform
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import psutil
 
 from cgo.allowed import ALLOWED_MODULES, as_text
 from cgo.errors import TrialError
@@ -25,6 +22,8 @@ from cgo.interface import WorkerInfo
 from cgo.machine import Device, devices
 from cgo.paths import open_plain
 from cgo.platforms.base import TrialExit, TrialId, TrialRequest
+from cgo.platforms.protocol import Request, Said, Spoken
+from cgo.platforms.workers import Worker, python, start_alone, start_serving
 from cgo.text import printable
 
 log = logging.getLogger(__name__)
@@ -47,6 +46,12 @@ MALLOC = {
 #: eight small networks on two busy cores: over 6 s, with this 0.4 s; on idle cores no difference).
 THREADS = {"GOMP_SPINCOUNT": "10000"}
 
+#: The file of a trial's folder that holds what it prints.
+LOG = "log.txt"
+
+#: Variables that say where a program is at the moment; no process needs another start for these.
+_PASSING = frozenset({"PYTEST_CURRENT_TEST", "PWD", "OLDPWD", "COLUMNS", "LINES", "_"})
+
 #: Seconds between SIGTERM and SIGKILL.
 GRACE_S = 5.0
 
@@ -56,26 +61,33 @@ LAST_LINES, _WIDEST = 30, 300
 #: Of a log, what is looked at for its last lines.
 _TAIL_BYTES = 2**16
 
-#: Without -P (new in Python 3.11), Python puts the current directory on the module path.
-_UNSAFE_PATH = (
-    "import runpy, sys; sys.path[:] = [p for p in sys.path if p]; "
-    "runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
-)
+
+@dataclass(eq=False)
+class _Slot:
+    """The place of one worker: a process, if there is one, and the trial that it has or awaits."""
+
+    number: int
+    worker: Worker | None = None
+    running: _Running | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class _Running:
     request: TrialRequest
-    worker: int
-    process: subprocess.Popen[bytes]
-    parent_fd: int  # closing it ends the trial
+    slot: _Slot
     logged: int  # bytes that its log had before it began
+    worker: Worker | None = None  # whom it was given to; None: it waits for one
+    again: bool = False  # it was given to one that ended without having looked at it
     cancelled: bool = False
-    reader: threading.Thread | None = None
+    finished: bool = False
 
 
 class LocalPlatform:
-    """Runs each trial in a process of its own.
+    """Runs trials in processes of their own, one or several at once.
+
+    The processes are started with the platform. Each has its imports behind it when a trial comes,
+    and takes the next one when that has ended cleanly and left nothing behind that the next could
+    notice (see `cgo.runtime.pristine`); otherwise another process takes its place.
 
     Args:
         workers: How many trials may run at once. They all see all devices; the default is one
@@ -83,6 +95,10 @@ class LocalPlatform:
             worker for each core: operators of their size gain nothing from several.
         env: Environment variables for trials, over this process's own.
         module: What a trial runs; tests put another in its place.
+        warm: Whether processes take several trials. Without, each trial has one of its own, which
+            takes seconds to start, and none is there while no trial runs.
+        max_growth_bytes: By how much a process may grow before another takes its place; default is
+            2 GiB, or an eighth of the machine's memory where that is less.
     """
 
     def __init__(
@@ -91,13 +107,17 @@ class LocalPlatform:
         *,
         env: Mapping[str, str] | None = None,
         module: str = "cgo.trial",
+        warm: bool = True,
+        max_growth_bytes: int | None = None,
     ) -> None:
         if workers < 1:
             raise ValueError(f"workers: expected at least 1, got {workers}")
         self._env = dict(env or {})
-        self._module = module
-        self._workers = range(workers)
+        self._command = python(module)
+        self._warm, self._max_growth_bytes = warm, max_growth_bytes
+        self._slots = [_Slot(number) for number in range(workers)]
         self._running: dict[TrialId, _Running] = {}
+        self._readers: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._closed = False
 
@@ -106,145 +126,262 @@ class LocalPlatform:
         on_event: Callable[[TrialId, Event], None],
         on_exit: Callable[[TrialExit], None],
     ) -> None:
-        """Keep the callbacks; trials are started by `submit`."""
+        """Keep the callbacks, and start processes, without waiting for them."""
         self._on_event, self._on_exit = on_event, on_exit
+        if self._warm:
+            with self._lock:
+                for slot in self._slots:
+                    self._replace(slot)
 
     def submit(self, request: TrialRequest) -> None:
-        """Start the trial's process.
+        """Give the trial to a process, once that has warmed up.
 
         Raises:
-            TrialError: no worker is idle, or the process cannot be started.
+            TrialError: no worker is idle, or no process can be started.
         """
         with self._lock:
-            worker = self._idle_worker()
-            if worker is None or self._closed:
+            slot = self._idle_slot()
+            if slot is None or self._closed:
                 raise TrialError(f"trial {request.trial_id}: no idle worker")
-            events, running = self._launch(request, worker)
-            self._running[request.trial_id] = running
-        reader = threading.Thread(
-            target=self._follow,
-            args=(running, events),
-            name=f"cgo-{request.trial_id}",
-            daemon=True,
-        )
-        running.reader = reader
+            try:
+                running = _Running(request, slot, _bytes_of(request.folder / LOG))
+                slot.running = self._running[request.trial_id] = running
+                (self._assign if self._warm else self._start_alone)(running)
+            except OSError as error:
+                slot.running = None
+                self._running.pop(request.trial_id, None)
+                raise TrialError(f"trial {request.trial_id} cannot be started: {error}") from error
+
+    def _idle_slot(self) -> _Slot | None:
+        return next((slot for slot in self._slots if slot.running is None), None)
+
+    def _extra(self) -> dict[str, str]:
+        """What the environment of all trials has beyond this process's.
+
+        Trials side by side share the cores; what the user has set stays.
+        """
+        if len(self._slots) == 1 or "OMP_NUM_THREADS" in os.environ:
+            return self._env
+        share = max(1, (os.cpu_count() or 1) // len(self._slots))
+        return {"OMP_NUM_THREADS": str(share), **self._env}
+
+    # --- processes; all locked ----------------------------------------------------------------
+
+    def _start_alone(self, running: _Running) -> None:
+        """Start a process that ends with its trial."""
+        request, given = running.request, running.request.allowed_modules
+        limit = {} if given is None else {ALLOWED_MODULES: as_text(given)}
+        environment = trial_environment(request.import_roots, self._extra() | limit)
+        command = [*self._command, str(request.folder / "graph.json")]
+        with (request.folder / LOG).open("ab") as log_file:
+            worker = start_alone(command, environment, log_file)
+        running.worker = running.slot.worker = worker
+        self._read(running.slot, worker)
+
+    def _start_serving(self, slot: _Slot) -> None:
+        limit = self._max_growth_bytes
+        options = [] if limit is None else ["--max-growth-bytes", str(limit)]
+        slot.worker = start_serving([*self._command, *options], self._environment())
+        self._read(slot, slot.worker)
+
+    def _environment(self) -> dict[str, str]:
+        """The environment of a process, to which requests add what concerns one trial."""
+        return trial_environment((), self._extra())
+
+    def _read(self, slot: _Slot, worker: Worker) -> None:
+        self._readers = [reader for reader in self._readers if reader.is_alive()]
+        name = f"cgo-worker-{slot.number}"
+        reader = threading.Thread(target=self._follow, args=(slot, worker), name=name, daemon=True)
+        self._readers.append(reader)
         reader.start()
 
-    def _extra(self, request: TrialRequest) -> dict[str, str]:
-        """What a trial's environment has beyond this process's."""
-        given = request.allowed_modules
-        limit = {} if given is None else {ALLOWED_MODULES: as_text(given)}
-        return self._threads() | self._env | limit
+    def _replace(self, slot: _Slot) -> None:
+        """Start another process for trials to come; where that fails, the next trial tries it."""
+        if self._warm and not self._closed and slot.worker is None:
+            try:
+                self._start_serving(slot)
+            except OSError as error:
+                log.warning("a worker cannot be started: %s", error)
 
-    def _threads(self) -> dict[str, str]:
-        """Trials side by side share the cores; what the user has set stays."""
-        if len(self._workers) == 1 or "OMP_NUM_THREADS" in os.environ:
-            return {}
-        return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(self._workers)))}
+    def _dismiss(self, slot: _Slot) -> None:
+        """Kill a process that has no trial."""
+        if slot.worker is not None:
+            slot.worker.signal(signal.SIGKILL)
+            slot.worker = None
 
-    def _idle_worker(self) -> int | None:
-        busy = {running.worker for running in self._running.values()}
-        return next((worker for worker in self._workers if worker not in busy), None)
+    def _assign(self, running: _Running) -> None:
+        """Give a trial to its slot's process, or let it wait until there is one that is ready.
 
-    def _launch(self, request: TrialRequest, worker: int) -> tuple[int, _Running]:
-        events_read, events_write = os.pipe()
-        parent_read, parent_write = os.pipe()
-        options = ["--events-fd", str(events_write), "--parent-fd", str(parent_read)]
-        command = [*_python(self._module), str(request.folder / "graph.json"), *options]
-        try:
-            with (request.folder / "log.txt").open("ab") as log_file:
-                logged = log_file.tell()
-                process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log_file,
-                    stderr=subprocess.STDOUT,
-                    env=trial_environment(request.import_roots, self._extra(request)),
-                    pass_fds=(events_write, parent_read),
-                    start_new_session=True,
-                )
-        except OSError as error:
-            os.close(events_read)
-            os.close(parent_write)
-            raise TrialError(f"trial {request.trial_id} cannot be started: {error}") from error
-        finally:
-            os.close(events_write)
-            os.close(parent_read)
-        return events_read, _Running(request, worker, process, parent_write, logged)
+        Much of an environment is read when a process starts, so one with another is not used.
+        """
+        slot = running.slot
+        if slot.worker is not None and _differ(slot.worker.environment, self._environment()):
+            self._dismiss(slot)
+        if slot.worker is None:
+            self._start_serving(slot)
+        assert slot.worker is not None
+        if slot.worker.ready:
+            running.worker = slot.worker
+            slot.worker.ask(_asked(running.request))
 
-    def _follow(self, running: _Running, events: int) -> None:
-        """Read a trial's events until it closes its end, then report its exit."""
-        trial_id = running.request.trial_id
-        undertaker = threading.Thread(target=self._bury, args=(running,), daemon=True)
+    # --- what processes say -------------------------------------------------------------------
+
+    def _follow(self, slot: _Slot, worker: Worker) -> None:
+        """Read what a process says, as long as it is there."""
+        undertaker = threading.Thread(target=worker.bury, daemon=True)
         undertaker.start()
-        finished = False
-        with os.fdopen(events, "r", encoding="utf-8", errors="replace") as lines:
-            refused = functools.partial(log.warning, "trial %s: %s", trial_id)
-            for event in events_in(lines, refused):
-                self._on_event(trial_id, event)
-                finished |= is_finish(event)
+        with os.fdopen(worker.events_fd, "r", encoding="utf-8", errors="replace") as lines:
+            spoken = Spoken(lines)
+            while True:
+                for event in events_in(spoken, functools.partial(_refused, slot)):
+                    running = slot.running
+                    if running is not None and running.worker is worker:
+                        self._on_event(running.request.trial_id, event)
+                        running.finished |= is_finish(event)
+                if spoken.said is None:
+                    break
+                self._hear(slot, worker, spoken.said)
         undertaker.join()
-        code = running.process.wait()
-        with self._lock:
-            del self._running[trial_id]
-        os.close(running.parent_fd)
-        died = None if code == 0 and finished else _obituary(running, code)
-        self._on_exit(TrialExit(trial_id, died, running.cancelled))
+        self._ended(slot, worker, worker.process.wait())
 
-    def _bury(self, running: _Running) -> None:
-        """When a trial has ended, kill what it leaves: that would hold its pipe and its memory."""
-        _await_end(running.process.pid)
+    def _hear(self, slot: _Slot, worker: Worker, said: Said) -> None:
+        if said.word == "took":
+            worker.took = True
+        elif said.word == "retired":
+            log.info("worker %d is replaced: %s", slot.number, said.reason)
+        elif said.word == "ready":
+            self._ready(slot, worker)
+
+    def _ready(self, slot: _Slot, worker: Worker) -> None:
+        """A process has warmed up, or its trial has ended cleanly."""
         with self._lock:
-            # Before it is waited for, so that its number is not another's by now; see `_signal`.
-            _signal(running, signal.SIGKILL)
-            running.process.wait()
+            ended = slot.running
+            if ended is not None and ended.worker is worker:
+                self._forget(ended)
+            else:
+                ended = None
+            if worker.doomed:  # a signal is on its way
+                if slot.worker is worker:
+                    self._dismiss(slot)
+                    self._replace(slot)
+            else:
+                worker.ready = worker.warmed = True
+                if slot.running is not None:
+                    slot.running.worker = worker
+                    worker.ask(_asked(slot.running.request))
+        if ended is not None:
+            self._report(ended, 0)
+
+    def _ended(self, slot: _Slot, worker: Worker, code: int) -> None:
+        """A process has ended; with its trial, unless that can still be given to another."""
+        with self._lock:
+            worker.close()
+            if slot.worker is not worker:
+                return
+            slot.worker, running = None, slot.running
+            if running is not None and self._waits_on(running, worker):
+                running.worker, running.again = None, True
+                self._replace(slot)
+                if slot.worker is not None:
+                    return
+            if running is not None:
+                if running.worker is None:
+                    _add_to_log(running, worker.last_words())
+                self._forget(running)
+            if worker.warmed:
+                self._replace(slot)
+        if running is not None:
+            self._report(running, code)
+
+    def _waits_on(self, running: _Running, worker: Worker) -> bool:
+        """Whether a trial has nothing to do with the end of a process that it was to run in."""
+        if not self._warm or running.cancelled or running.again or self._closed:
+            return False
+        return worker.warmed and not (running.worker is worker and worker.took)
+
+    def _forget(self, running: _Running) -> None:
+        del self._running[running.request.trial_id]
+        running.slot.running = None
+
+    def _report(self, running: _Running, code: int) -> None:
+        died = None if code == 0 and running.finished else _obituary(running, code)
+        self._on_exit(TrialExit(running.request.trial_id, died, running.cancelled))
+
+    # --- from outside -------------------------------------------------------------------------
 
     def cancel(self, trial_id: TrialId) -> None:
         """SIGTERM, and SIGKILL if that is not obeyed within `GRACE_S`."""
         with self._lock:
             running = self._running.get(trial_id)
-            if running is None:
+            if running is None or running.slot.worker is None:
                 return
             running.cancelled = True
-            _signal(running, signal.SIGTERM)
-        timer = threading.Timer(GRACE_S, self._kill, (running,))
+            worker = running.slot.worker
+            worker.signal(signal.SIGTERM)
+        timer = threading.Timer(GRACE_S, worker.signal, (signal.SIGKILL,))
         timer.daemon = True
         timer.start()
-
-    def _kill(self, running: _Running) -> None:
-        with self._lock:
-            _signal(running, signal.SIGKILL)
 
     def idle_workers(self) -> Sequence[WorkerInfo]:
         """Workers without a trial; each holds every device of the machine."""
         with self._lock:
-            busy = {running.worker for running in self._running.values()}
+            idle = [slot.number for slot in self._slots if slot.running is None]
         found = devices()
-        return [_worker_info(worker, found) for worker in self._workers if worker not in busy]
+        return [_worker_info(number, found) for number in idle]
 
     def has_idle_worker(self) -> bool:
         """Whether `submit` would find a worker, without looking at devices."""
         with self._lock:
-            return not self._closed and self._idle_worker() is not None
+            return not self._closed and self._idle_slot() is not None
 
     def close(self) -> None:
-        """Cancel all trials and wait until their exits are reported."""
+        """Cancel all trials, end all processes, and wait until the exits are reported."""
         with self._lock:
             self._closed = True
-            running = list(self._running.values())
-        for item in running:
-            self.cancel(item.request.trial_id)
-        for item in running:
-            if item.reader is not None and item.reader is not threading.current_thread():
-                item.reader.join(2 * GRACE_S)
-                if item.reader.is_alive():
-                    log.warning("trial %s does not end", item.request.trial_id)
+            running = list(self._running)
+            for slot in self._slots:
+                if slot.running is None:
+                    self._dismiss(slot)
+            readers = list(self._readers)
+        for trial_id in running:
+            self.cancel(trial_id)
+        until = time.monotonic() + 2 * GRACE_S
+        for reader in readers:
+            if reader is not threading.current_thread():
+                reader.join(max(0.0, until - time.monotonic()))
+                if reader.is_alive():
+                    log.warning("%s does not end", reader.name)
 
 
-def _python(module: str) -> list[str]:
-    if sys.version_info >= (3, 11):
-        return [sys.executable, "-P", "-m", module]
-    return [sys.executable, "-c", _UNSAFE_PATH.format(module=module)]
+def _asked(request: TrialRequest) -> Request:
+    """A trial as it is asked of a process that is started already, in our current directory."""
+    try:
+        folder: str | None = os.getcwd()
+    except OSError:  # it was removed
+        folder = None
+    document, log_file = str(request.folder / "graph.json"), str(request.folder / LOG)
+    return Request(document, log_file, folder, request.import_roots, request.allowed_modules)
+
+
+def _differ(before: Mapping[str, str], now: Mapping[str, str]) -> bool:
+    names = (before.keys() | now.keys()) - _PASSING
+    return any(before.get(name) != now.get(name) for name in names)
+
+
+def _refused(slot: _Slot, reason: str) -> None:
+    trial_id = "-" if slot.running is None else slot.running.request.trial_id
+    log.warning("trial %s: %s", trial_id, reason)
+
+
+def _bytes_of(log_file: Path) -> int:
+    """How long a log is, which is made if there is none; raises `OSError`."""
+    with log_file.open("ab") as stream:
+        return stream.tell()
+
+
+def _add_to_log(running: _Running, text: bytes) -> None:
+    with contextlib.suppress(OSError), (running.request.folder / LOG).open("ab") as stream:
+        stream.write(text)
 
 
 def default_workers() -> int:
@@ -280,28 +417,8 @@ def _worker_info(worker: int, found: Sequence[Device]) -> WorkerInfo:
     )
 
 
-def _signal(running: _Running, number: int) -> None:
-    """Signal a trial and all that it has started, unless it has been waited for; locked."""
-    if running.process.returncode is None:
-        # Gone in between, or (on macOS) nothing but a process that has ended.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(running.process.pid, number)
-
-
-def _await_end(pid: int) -> None:
-    """Block until a child has ended, and leave it to be waited for."""
-    # Where nobody may wait for children (SIGCHLD is ignored), there is nothing to be left.
-    with contextlib.suppress(ChildProcessError, psutil.NoSuchProcess):
-        if hasattr(os, "waitid"):
-            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-            return
-        child = psutil.Process(pid)  # macOS, before Python 3.13
-        while child.status() != psutil.STATUS_ZOMBIE:
-            time.sleep(0.1)
-
-
 def _obituary(running: _Running, code: int) -> str:
-    path = running.request.folder / "log.txt"
+    path = running.request.folder / LOG
     how = how_ended(code)
     text = f"trial {running.request.trial_id} ended with {how}; its log is {path}"
     last = last_lines(path, LAST_LINES, running.logged)

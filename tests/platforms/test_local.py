@@ -28,7 +28,9 @@ class TestContract(PlatformContract):
 
 
 def test_broken_lines_are_logged_and_do_not_stop_the_reader(tmp_path, caplog):
-    platform = LocalPlatform(module="support.babbling_trial", env={"PYTHONPATH": "tests"})
+    platform = LocalPlatform(
+        module="support.babbling_trial", env={"PYTHONPATH": "tests"}, warm=False
+    )
     heard = Heard(platform)
     platform.submit(TrialRequest("t", tmp_path, ()))
     assert heard.exit().error is None
@@ -43,8 +45,9 @@ def test_what_a_trial_leaves_behind_is_killed_and_keeps_nobody_waiting(tmp_path)
     request = PlatformContract().request(tmp_path, module="support.crashers:leaves_a_child")
     platform.submit(request)
     (running,) = platform._running.values()
+    worker = running.slot.worker
     assert "exit code 0" in heard.exit().error
-    left = [p for p in psutil.process_iter() if _group(p) == running.process.pid]
+    left = [p for p in psutil.process_iter() if _group(p) == worker.process.pid]
     _, alive = psutil.wait_procs(left, timeout=10)
     assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
     platform.close()
@@ -126,6 +129,7 @@ def test_several_workers_run_several_trials():
     assert 0 < first.free_memory_bytes <= first.total_memory_bytes
     with pytest.raises(ValueError, match="workers"):
         LocalPlatform(workers=0)
+    platform.close()
 
 
 def test_a_process_that_follows_its_parent_ends_with_it():

@@ -1,0 +1,73 @@
+"""What a platform and its worker processes write to each other: see `cgo.worker`."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import TextIO
+
+#: How lines of the worker's own begin; those of events begin with their model.
+_OWN = '{"worker": '
+
+
+@dataclass(frozen=True)
+class Request:
+    """One trial, as a platform asks for it.
+
+    `folder` is the current directory, which relative paths lead from; None: it stays as it is.
+    """
+
+    document: str
+    log: str
+    folder: str | None
+    import_roots: tuple[str, ...] = ()
+    allowed_modules: tuple[str, ...] | None = None
+
+    def line(self) -> str:
+        """The request as it is written."""
+        return json.dumps({"do": "train", **asdict(self)}) + "\n"
+
+
+@dataclass(frozen=True)
+class Said:
+    """A line of the worker's own: `ready`, `took` or `retired`, the last with a reason."""
+
+    word: str
+    reason: str = ""
+    resident_bytes: int = 0
+
+    def line(self) -> str:
+        """The line as it is written."""
+        rest = {"reason": self.reason, "resident_bytes": self.resident_bytes}
+        return json.dumps({"worker": self.word, **rest}) + "\n"
+
+
+def read_said(line: str) -> Said | None:
+    """What a line of the worker's own says; None of any other line."""
+    if not line.startswith(_OWN):
+        return None
+    with suppress(ValueError, KeyError, TypeError):
+        found = json.loads(line)
+        return Said(str(found["worker"]), str(found["reason"]), int(found["resident_bytes"]))
+    return None
+
+
+class Spoken:
+    """The lines of a worker, trial by trial: to a reader of events each trial ends like a stream.
+
+    Args:
+        lines: What the worker writes.
+    """
+
+    def __init__(self, lines: TextIO) -> None:
+        self._lines = lines
+        self._whole = True  # the last line that was read had an end
+        self.said: Said | None = None  # at which the last trial ended; None: the stream did
+
+    def readline(self, size: int = -1) -> str:
+        """The next line, or its beginning; nothing at the end of a trial and of the stream."""
+        line = self._lines.readline(size)
+        self.said = read_said(line) if self._whole else None
+        self._whole = not line or line.endswith("\n")
+        return line if self.said is None else ""

@@ -1,0 +1,110 @@
+"""A process that runs one trial after another: `python -m cgo.trial --requests-fd N --events-fd M`.
+
+A fresh process spends seconds on its imports before it begins a trial. This one has them behind it
+when a trial comes. Each line that it reads asks for a trial; what happens in the trial goes to the
+events, as it does from a process that runs one alone. Between them stand lines of the worker's own:
+
+- `ready`: it has warmed up, or the trial asked for has ended and left nothing behind.
+- `took`: it has read a request.
+- `retired`: the trial has ended and left something behind, for a reason; the process ends.
+
+A trial that ends in another way than a clean one ends the process, whose exit code tells how. What
+is left of a trial that ended cleanly is looked for in `cgo.runtime.pristine`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+from cgo import trial
+from cgo.allowed import ALLOWED_MODULES, as_text
+from cgo.platforms.local import IMPORT_ROOTS
+from cgo.platforms.protocol import Said
+
+
+def serve(requests_fd: int, events_fd: int, max_growth_bytes: int | None = None) -> int:
+    """Run trials until no more are asked for; returns the exit code."""
+    from cgo.runtime.pristine import MAX_GROWTH_BYTES, Pristine
+    from cgo.runtime.torch_settings import RandomStates
+    from cgo.runtime.warm_up import warm_up
+
+    random = RandomStates()
+    warm_up()
+    for descriptor in (requests_fd, events_fd):
+        os.set_inheritable(descriptor, False)  # no process of a trial's is to hold them
+    most = MAX_GROWTH_BYTES if max_growth_bytes is None else max_growth_bytes
+    with (
+        os.fdopen(events_fd, "w", buffering=1, closefd=False) as events,
+        os.fdopen(requests_fd, "r", encoding="utf-8") as requests,
+        ExitStack() as ends,
+    ):
+        pristine = Pristine(random, most)
+
+        def say(word: str, reason: str = "") -> None:
+            events.write(Said(word, reason, pristine.resident_bytes()).line())
+
+        ends.callback(pristine.end)
+        say("ready")
+        while line := requests.readline():
+            say("took")
+            if reason := _served(json.loads(line), events, pristine.restore):
+                say("retired", reason)
+                break
+            say("ready")
+    return 0
+
+
+def _served(request: Mapping[str, Any], events: TextIO, restore: Callable[[], str | None]) -> str:
+    """Run a trial; why this process is to run no other, or nothing.
+
+    Only then does its output go to the trial's log no more: a process that ends has more to say.
+    """
+    outside = _diverted(request["log"])
+    _prepare(request)
+    trial.train_document(Path(request["document"]), events)
+    trial.leave()
+    if reason := restore():
+        return reason
+    _flush()
+    for descriptor, before in outside.items():
+        os.dup2(before, descriptor)
+        os.close(before)
+    return ""
+
+
+def _prepare(request: Mapping[str, Any]) -> None:
+    """Be in the folder, and have the environment, that a process of its own would have."""
+    if request["folder"] is not None:
+        os.chdir(request["folder"])
+    os.environ[IMPORT_ROOTS] = os.pathsep.join(request["import_roots"])
+    if request["allowed_modules"] is not None:
+        os.environ[ALLOWED_MODULES] = as_text(request["allowed_modules"])
+    faulthandler.enable(all_threads=False)  # whoever was before may have switched it off
+
+
+def _diverted(log: str) -> dict[int, int]:
+    """Let all output go to a trial's log, whoever writes it; returns where it went before."""
+    _flush()
+    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    before = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
+    for descriptor in before:
+        os.dup2(file, descriptor)
+    os.close(file)
+    return before
+
+
+def _flush() -> None:
+    """Write what Python and C hold back."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).fflush(None)
