@@ -84,6 +84,11 @@ def _prepare(request: Mapping[str, Any]) -> None:
     """Be in the folder, and have the environment, that a process of its own would have."""
     if request["folder"] is not None:
         os.chdir(request["folder"])
+    for name, value in request["environment"].items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
     os.environ[IMPORT_ROOTS] = os.pathsep.join(request["import_roots"])
     if request["allowed_modules"] is not None:
         os.environ[ALLOWED_MODULES] = as_text(request["allowed_modules"])

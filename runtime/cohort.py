@@ -77,7 +77,8 @@ class Cohort:
         ]
 
     def close(self) -> None:
-        """Close what is open: the tables of costs."""
+        """Close what is open: the tables of costs, and the loader, whose processes then end."""
+        self._loader = None
         for tuner in self._tuners.values():
             tuner.close()
 

@@ -56,9 +56,21 @@ class Pristine:
         self._settings = Settings((*python_settings(), *torch_settings()))
         self._known = set(sys.modules)
         self._contents = [Contents(sys.modules)]
-        gc.collect()
-        gc.freeze()  # what is there from now on need not be looked through after each trial
+        self._frozen = 0
+        self._collect()
+        _trim()
         self._resident_bytes = self.resident_bytes()
+
+    def _collect(self) -> None:
+        """Collect what a trial has left, without looking through all that was there before it.
+
+        That is frozen; a trial whose loaders fork freezes what is there at that moment, too.
+        """
+        if gc.get_freeze_count() > self._frozen:
+            gc.unfreeze()
+        gc.collect()
+        gc.freeze()
+        self._frozen = gc.get_freeze_count()
 
     @staticmethod
     def end() -> None:
@@ -66,8 +78,7 @@ class Pristine:
         gc.unfreeze()
 
     def resident_bytes(self) -> int:
-        """What this process holds of the machine's memory, once it has given back what it can."""
-        _trim()
+        """What this process holds of the machine's memory."""
         return int(psutil.Process().memory_info().rss)
 
     def restore(self) -> str | None:
@@ -86,7 +97,7 @@ class Pristine:
         self._random.put_back()
         reseed()
         forget_accelerators()
-        gc.collect()
+        self._collect()
         release()
         yield from self._running()
         if held := self._users.held():
@@ -95,6 +106,7 @@ class Pristine:
             if changed := list(contents.changed()):
                 yield f"replaced: {_some(changed)}"
         self._note_libraries()
+        _trim()
         grown = self.resident_bytes() - self._resident_bytes
         if grown > self._max_growth_bytes:
             yield f"grown by {grown:,} bytes, the most is {self._max_growth_bytes:,}"

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import cgo.runtime.forms
 
@@ -27,6 +28,7 @@ def warm_up() -> None:
     for name in ("cgo.runtime.training", *_LATE, *(f"cgo.runtime.forms.{f}" for f in forms)):
         importlib.import_module(name)
     _make_optimizers()
+    _load()
     _step(torch.device("cpu"))
     for index in range(torch.cuda.device_count()):
         _step(torch.device("cuda", index))
@@ -41,6 +43,12 @@ def _make_optimizers() -> None:
                 cls([torch.zeros(2, 2, requires_grad=True)], lr=0.1)
             except (TypeError, ValueError, NotImplementedError, RuntimeError):  # it wants others
                 continue
+
+
+def _load() -> None:
+    """Start a loader's process: with the first, torch begins to hear of deaths of processes."""
+    for _ in DataLoader(TensorDataset(torch.zeros(1)), num_workers=1):
+        pass
 
 
 def _step(device: torch.device) -> None:

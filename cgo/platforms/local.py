@@ -49,8 +49,12 @@ THREADS = {"GOMP_SPINCOUNT": "10000"}
 #: The file of a trial's folder that holds what it prints.
 LOG = "log.txt"
 
-#: Variables that say where a program is at the moment; no process needs another start for these.
-_PASSING = frozenset({"PYTEST_CURRENT_TEST", "PWD", "OLDPWD", "COLUMNS", "LINES", "_"})
+#: Variables that are read when they are used, and change while a search runs: libraries set some
+#: when they are imported. Any other may be read when a process starts, and is only set there.
+_LATE = frozenset(
+    {"PYTEST_CURRENT_TEST", "PWD", "OLDPWD", "COLUMNS", "LINES", "_", "TORCHINDUCTOR_CACHE_DIR",
+     "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"}
+)  # fmt: skip
 
 #: Seconds between SIGTERM and SIGKILL.
 GRACE_S = 5.0
@@ -215,14 +219,21 @@ class LocalPlatform:
         Much of an environment is read when a process starts, so one with another is not used.
         """
         slot = running.slot
-        if slot.worker is not None and _differ(slot.worker.environment, self._environment()):
+        before = self._environment() if slot.worker is None else slot.worker.environment
+        if early := _changes(before, self._environment()).keys() - _LATE:
+            names = ", ".join(sorted(early))
+            log.info("worker %d is replaced: the environment has other %s", slot.number, names)
             self._dismiss(slot)
         if slot.worker is None:
             self._start_serving(slot)
         assert slot.worker is not None
         if slot.worker.ready:
-            running.worker = slot.worker
-            slot.worker.ask(_asked(running.request))
+            self._give(running, slot.worker)
+
+    def _give(self, running: _Running, worker: Worker) -> None:
+        changes = _changes(worker.environment, self._environment())
+        running.worker = worker
+        worker.ask(_asked(running.request, changes))
 
     # --- what processes say -------------------------------------------------------------------
 
@@ -267,8 +278,7 @@ class LocalPlatform:
             else:
                 worker.ready = worker.warmed = True
                 if slot.running is not None:
-                    slot.running.worker = worker
-                    worker.ask(_asked(slot.running.request))
+                    self._give(slot.running, worker)
         if ended is not None:
             self._report(ended, 0)
 
@@ -353,19 +363,21 @@ class LocalPlatform:
                     log.warning("%s does not end", reader.name)
 
 
-def _asked(request: TrialRequest) -> Request:
+def _asked(request: TrialRequest, environment: Mapping[str, str | None]) -> Request:
     """A trial as it is asked of a process that is started already, in our current directory."""
     try:
         folder: str | None = os.getcwd()
     except OSError:  # it was removed
         folder = None
     document, log_file = str(request.folder / "graph.json"), str(request.folder / LOG)
-    return Request(document, log_file, folder, request.import_roots, request.allowed_modules)
+    limits = request.import_roots, request.allowed_modules
+    return Request(document, log_file, folder, environment, *limits)
 
 
-def _differ(before: Mapping[str, str], now: Mapping[str, str]) -> bool:
-    names = (before.keys() | now.keys()) - _PASSING
-    return any(before.get(name) != now.get(name) for name in names)
+def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str | None]:
+    """The variables that are others now, with their values."""
+    names = before.keys() | now.keys()
+    return {name: now.get(name) for name in names if before.get(name) != now.get(name)}
 
 
 def _refused(slot: _Slot, reason: str) -> None:

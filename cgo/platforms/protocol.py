@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TextIO
@@ -16,11 +17,13 @@ class Request:
     """One trial, as a platform asks for it.
 
     `folder` is the current directory, which relative paths lead from; None: it stays as it is.
+    `environment` holds variables that are other than when the worker was started; None: not set.
     """
 
     document: str
     log: str
     folder: str | None
+    environment: Mapping[str, str | None]
     import_roots: tuple[str, ...] = ()
     allowed_modules: tuple[str, ...] | None = None
 
