@@ -271,10 +271,8 @@ class LocalPlatform:
                 self._forget(ended)
             else:
                 ended = None
-            if worker.doomed:  # a signal is on its way
-                if slot.worker is worker:
-                    self._dismiss(slot)
-                    self._replace(slot)
+            if worker.doomed:  # a signal is on its way; `_ended` does the rest
+                worker.signal(signal.SIGKILL)
             else:
                 worker.ready = worker.warmed = True
                 if slot.running is not None:
@@ -294,9 +292,9 @@ class LocalPlatform:
                 self._replace(slot)
                 if slot.worker is not None:
                     return
+            if running is not None and running.worker is None:
+                _add_to_log(running, worker.last_words())
             if running is not None:
-                if running.worker is None:
-                    _add_to_log(running, worker.last_words())
                 self._forget(running)
             if worker.warmed:
                 self._replace(slot)

@@ -6,10 +6,11 @@ import sys
 import types
 
 import pytest
+import torch
 
 from cgo.runtime.patches import Contents
 from cgo.runtime.settings import Setting, Settings, python_settings
-from cgo.runtime.torch_settings import torch_settings
+from cgo.runtime.torch_settings import RandomStates, torch_settings
 from cgo.runtime.user_modules import UserModules
 
 
@@ -111,3 +112,14 @@ def test_users_modules_are_taken_out_and_what_holds_them_is_seen(written):
     assert users.held() == []
     assert importlib.import_module("a_user.nets").net
     users.take_out()
+
+
+def test_random_streams_begin_anew():
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        states = RandomStates()
+        expected = torch.rand(3)
+        torch.manual_seed(6)
+        states.put_back()
+        assert torch.initial_seed() == 5
+        assert torch.equal(torch.rand(3), expected)
