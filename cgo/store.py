@@ -305,6 +305,18 @@ class Experiment:
         with self._connected() as db:
             return [event for _, event in _events(db, model_id)]
 
+    def told_by(self, trial_id: TrialId) -> list[tuple[float, Event]]:
+        """All that a trial told, in order, each with its time in seconds since the epoch."""
+        with self._connected() as db:
+            rows = db.execute(
+                "SELECT at, model_id, kind, epoch, value FROM events WHERE trial_id = ? "
+                "ORDER BY position",
+                (trial_id,),
+            ).fetchall()
+        return [
+            (at, Event(m, kind, epoch, json.loads(value))) for at, m, kind, epoch, value in rows
+        ]
+
     def trials(self) -> list[TrialRecord]:
         """The trials in order of start."""
         with self._connected() as db:

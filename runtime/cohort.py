@@ -180,7 +180,8 @@ class Cohort:
         log.warning("stems are not stored: %s: %s", type(error).__name__, error)
         self._tell("stems", bytes=0, values=0, models=0, reason=str(error))
         for lanes in self.lanes:
-            lanes.end_training()
+            for model, failure in lanes.end_training().items():
+                self._fail(self.members[model], failure)
             lanes.sync()
         self._stems, self.lanes = None, self._made(self._graph)
 
@@ -216,7 +217,8 @@ class Cohort:
                 if not running:
                     break
         for lanes in self.lanes:
-            lanes.end_training()
+            for model, failure in lanes.end_training().items():
+                self._fail(self.members[model], failure)
 
     def _evaluate(
         self, loader: Loader, members: Sequence[Member]

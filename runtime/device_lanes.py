@@ -17,11 +17,15 @@ from cgo.runtime.data import Leaves
 from cgo.runtime.lanes import MergedLanes
 from cgo.runtime.member import Member
 from cgo.runtime.opaque import OpaqueLane
+from cgo.runtime.resident import bytes_of
 from cgo.runtime.tuning import Chooser
 from cgo.tuning import Tuning
 
 #: Steps between two looks at the losses on a GPU, where steps are eager.
 _LOOK_EVERY = 64
+
+#: Batches, and bytes of them, that opaque lanes on a CPU see in one go.
+_MOST_HELD, _HELD_BYTES = 32, 2**26
 
 
 class Observer(Protocol):
@@ -71,6 +75,10 @@ class DeviceLanes:
         self._captured = CapturedLanes(self.merged, self._accelerator, tell, gradients=shown)
         self._opaque = {m.id: OpaqueLane(m) for m in members if m.entry.opaque is not None}
         self._observer, self._tell = observer, tell
+        self._held: list[tuple[Leaves, int, int]] = []  # batches that opaque lanes have yet to see
+        self._behind: list[ModelId] = []  # the models that have to
+        # On a GPU they compute beside merged ones; what is watched is shown step by step.
+        self._most_held = 1 if shown or device.type != "cpu" else _MOST_HELD
 
     def train(
         self, models: Sequence[ModelId], leaves: Leaves, size: int, step: int
@@ -90,9 +98,8 @@ class DeviceLanes:
         replayed = bool(merged) and self._captured.train(merged, leaves, size)
         if replayed and self._observer is not None:
             self._show_replayed(merged, size, step)
-        for index, model in enumerate(opaque):
-            with self._accelerator.beside(index):
-                failures |= self._train_opaque(model, leaves, size, step)
+        if opaque:
+            failures |= self._train_opaques(opaque, leaves, size, step)
         self._accelerator.join()
         if replayed:
             return failures | self._captured.finish(merged, size)
@@ -122,6 +129,29 @@ class DeviceLanes:
             else:
                 failures[model] = outcome
         return failures | (self.merged.update(learned) if learned else {})
+
+    def _train_opaques(
+        self, models: list[ModelId], leaves: Leaves, size: int, step: int
+    ) -> dict[ModelId, Exception]:
+        """Hold a batch until there are several, which a model then sees one after another."""
+        failures = {} if models == self._behind else self._catch_up()
+        self._behind = models
+        self._held.append((leaves, size, step))
+        few = len(self._held) < self._most_held
+        if few and sum(bytes_of(held) for held, _, _ in self._held) < _HELD_BYTES:
+            return failures
+        return failures | self._catch_up()
+
+    def _catch_up(self) -> dict[ModelId, Exception]:
+        """Train opaque lanes on the batches that are held."""
+        held, self._held = self._held, []
+        failures: dict[ModelId, Exception] = {}
+        for index, model in enumerate(self._behind):
+            with self._accelerator.beside(index), self._opaque[model].entered():
+                for batch in held:
+                    if model not in failures and self.members[model].running:
+                        failures |= self._train_opaque(model, *batch)
+        return failures
 
     def _train_opaque(
         self, model: ModelId, leaves: Leaves, size: int, step: int
@@ -161,14 +191,19 @@ class DeviceLanes:
         self._observer.on_loss(model, step, loss)
         self._observer.on_gradients(model, step, self.members[model].state.named_gradients())
 
-    def end_training(self) -> None:
-        """After an epoch's training: hand each model its sum of losses, and tell of memory."""
+    def end_training(self) -> dict[ModelId, Exception]:
+        """After an epoch's training: hand each model its sum of losses, and tell of memory.
+
+        Gives what failed in steps that had been put off.
+        """
+        failures = self._catch_up()
         for model, (total, samples) in self._captured.take_sums().items():
             self.members[model].train_loss.add_sum(total, samples)
         expected, peak = self.merged.expected, self._accelerator.peak_bytes()
         if expected and peak is not None:
             self.merged.expected = {}  # once for each packing
             self._tell("memory", device=str(self.device), **expected, measured_bytes=peak)
+        return failures
 
     def evaluate(
         self, models: Sequence[ModelId], leaves: Leaves, size: int

@@ -28,6 +28,26 @@ class OpaqueLane:
         self._training = member.entry.training
         self._scaling = Scaling.of({member.id: member.scale})
         self._loss = member.loss
+        self._entered = False
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Let the process's random streams be the model's for a block of several calls.
+
+        Changing them takes as long as a step of a small model.
+        """
+        if self._entered:
+            yield
+            return
+        state = self.member.state
+        with preserved_random_state(), self._device_stream():
+            state.random.enter()
+            self._entered = True
+            try:
+                yield
+            finally:
+                self._entered = False
+                state.random = RandomState.current()
 
     def train(self, leaves: Leaves) -> Outcome:
         """The loss, after its backward."""
@@ -65,13 +85,9 @@ class OpaqueLane:
 
     def _compute(self, leaves: Leaves) -> Result:
         own = {name: leaf.clone() for name, leaf in leaves.items()}
-        state = self.member.state
-        with preserved_random_state(), self._device_stream():
-            state.random.enter()
-            with autocast(self._training, state.device):
-                double = self._training.precision == "float64"
-                loss, prediction = compute(self._module, self._loss, own, double=double)
-            state.random = RandomState.current()
+        with self.entered(), autocast(self._training, self.member.state.device):
+            double = self._training.precision == "float64"
+            loss, prediction = compute(self._module, self._loss, own, double=double)
         return Result(loss, prediction if isinstance(prediction, Tensor) else None)
 
     @contextlib.contextmanager

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import cgo.runtime.forms
+from cgo.private.late_compiler import import_late
 
 #: What a trial brings in late, beside the forms of groups.
 _LATE = ("cgo.runtime.grouped_convolutions", "cgo.runtime.kernels", "cgo.runtime.opaque", "cgo.zoo")
@@ -24,6 +25,7 @@ _LATE = ("cgo.runtime.grouped_convolutions", "cgo.runtime.kernels", "cgo.runtime
 
 def warm_up() -> None:
     """Import what trials need, and train for a step on each kind of device."""
+    import_late()
     forms = [name for _, name, _ in pkgutil.iter_modules(cgo.runtime.forms.__path__)]
     for name in ("cgo.runtime.training", *_LATE, *(f"cgo.runtime.forms.{f}" for f in forms)):
         importlib.import_module(name)

@@ -9,10 +9,13 @@ from rich.console import Console
 from cgo.cli import view
 from cgo.engine import CGOEngine
 from cgo.model import Model
+from cgo.store import open_experiment
+from cgo.timeline import timeline
 
 
 def search(console: Console, engine: CGOEngine, models: Sequence[Model]) -> None:
-    """Train the models and show them, then the leaderboard and what was merged."""
+    """Train the models and show them, then the leaderboard, what was merged, and
+    where the time went."""
     with view.TrialView(console, models) as shown:
         engine.register_graph_listener(shown)
         engine.submit_models(*models)
@@ -24,4 +27,5 @@ def search(console: Console, engine: CGOEngine, models: Sequence[Model]) -> None
         console.print(view.merge_table(report))
         for line in view.merge_lines(report):
             console.print(view.plain(line), soft_wrap=True)
+    console.print(view.timeline_table(timeline(open_experiment(engine.experiment_dir))))
     console.print(view.plain(f"experiment: {engine.experiment_dir}"), soft_wrap=True)

@@ -17,6 +17,7 @@ from cgo.interface import AbstractGraphListener, MetricData
 from cgo.model import Model, ModelStatus
 from cgo.report import MergeReport
 from cgo.text import printable
+from cgo.timeline import Spent
 
 _STYLES = {
     ModelStatus.SUBMITTED: "dim",
@@ -149,6 +150,21 @@ def merge_table(report: MergeReport) -> Table:
     return table
 
 
+def timeline_table(spent: Sequence[Spent]) -> Table:
+    """Where the time went, over all trials; the journal has it for each."""
+    table = Table("what", "seconds", "share", title="Where the time went")
+    total = sum(one.total_s for one in spent) or 1.0
+    for what in ("capture", "merge", "start", "lowering", "tuning", "training", "other"):
+        seconds = sum(getattr(one, f"{what}_s") for one in spent)
+        table.add_row(what, f"{seconds:.2f}", f"{seconds / total:.0%}")
+    table.caption = f"{len(spent)} trial(s), added up; some may have run side by side"
+    alone = [one.alone_s for one in spent]
+    if spent and None not in alone:
+        seconds = sum(one for one in alone if one is not None)
+        table.caption += f"; one model after another: about {seconds:.1f} s"
+    return table
+
+
 def merge_lines(report: MergeReport) -> list[str]:
     """What is shared, in sentences."""
     lines = [
@@ -159,6 +175,8 @@ def merge_lines(report: MergeReport) -> list[str]:
         f"fused across models: {report.grouped:,} nodes into {report.groups:,} operators",
         f"captured in {report.capture_s:.1f} s, merged in {report.merge_s:.2f} s",
     ]
+    if report.estimate is not None:
+        lines.append(f"estimated: {report.estimate}")
     return lines + _reasons(report.opaque)
 
 
