@@ -23,6 +23,7 @@ from cgo.division import take_part
 from cgo.errors import CgoError, EngineClosedError
 from cgo.events import Event
 from cgo.graph import ModelId
+from cgo.graph_data import file_sha256
 from cgo.interface import AbstractGraphListener
 from cgo.model import Model
 from cgo.passes.batch_operators import BatchOperators
@@ -382,7 +383,8 @@ class Scheduler:
         trained = {entry.id for entry in plan.graph_data.models}
         models = [model for model in fresh if model.model_id in trained]
         roots = self._import_roots(fresh)
-        request = TrialRequest(trial_id, Path(folder), roots, self._allowed_modules)
+        vouched = file_sha256(Path(folder) / "graph.json")
+        request = TrialRequest(trial_id, Path(folder), roots, self._allowed_modules, vouched)
         self._store.add_trial(trial_id, [m.model_id for m in fresh], plan.report.as_json())
         for alias, twin in plan.graph_data.aliases.items():
             self._demultiplexer.alias(alias, twin)
@@ -445,7 +447,7 @@ class Scheduler:
         document = take_part(part.whole.folder, folder, ids, trial_id)
         report = {"models": len(ids), "part_of": part.whole.trial_id}
         self._store.add_trial(trial_id, [*ids, *document.aliases], report)
-        request = replace(part.whole, trial_id=trial_id, folder=folder)
+        request = replace(part.whole, trial_id=trial_id, folder=folder, vouched=None)
         self._launch(_Trial(request, part.models, part))
 
     def _launch(self, trial: _Trial) -> None:

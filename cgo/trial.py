@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import hashlib
 import os
 import sys
 import tempfile
@@ -35,6 +36,7 @@ def execute(
     report: Callable[[Event], None] | None = None,
     observer: Any = None,
     limits: Any = None,
+    vouched: bool = False,
 ) -> dict[ModelId, float]:
     """Train a document's models in this process and return their final metrics.
 
@@ -45,6 +47,7 @@ def execute(
         observer: See `cgo.runtime.device_lanes.Observer`.
         limits: On each operator, see `cgo.runtime.watching.Limits`; default is what the devices
             hold.
+        vouched: See `cgo.runtime.admission.admit`.
 
     Raises:
         TrialError: no document was given and this process is no trial.
@@ -57,8 +60,9 @@ def execute(
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="cgo-trial-") as temporary:
             given = Path(temporary), report or _ignore
-            return train(graph_data, *given, observer=observer, limits=limits)
-    return train(graph_data, folder, report or _ignore, observer=observer, limits=limits)
+            return train(graph_data, *given, observer=observer, limits=limits, vouched=vouched)
+    given = folder, report or _ignore
+    return train(graph_data, *given, observer=observer, limits=limits, vouched=vouched)
 
 
 def _ignore(event: Event) -> None:
@@ -146,23 +150,26 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def train_document(path: Path, events: TextIO) -> None:
+def train_document(path: Path, events: TextIO, vouched: str | None = None) -> None:
     """Be the trial of a document; its modules are found in the folders of the environment.
 
     Args:
         path: The document; weights and the checkpoint go beside it.
         events: Where event lines are written.
+        vouched: The SHA-256 of a document whose operators need not be tried before they are used.
     """
     roots = os.environ.get(IMPORT_ROOTS, "")
     sys.path[:0] = [root for root in roots.split(os.pathsep) if root and root not in sys.path]
-    document, refused = read_document(path.read_bytes(), path.parent)
+    content = path.read_bytes()
+    document, refused = read_document(content, path.parent)
     enter(document)
 
     def report(event: Event) -> None:
         events.write(encode(event) + "\n")
 
     begin(refused, report)
-    execute(folder=path.parent, report=report)
+    known = vouched is not None and hashlib.sha256(content).hexdigest() == vouched
+    execute(folder=path.parent, report=report, vouched=known)
 
 
 #: Seconds in which what user code has left running may end.

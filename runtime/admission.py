@@ -16,6 +16,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -57,7 +58,11 @@ _MOST_REASON = 300
 
 
 def admit(
-    data: GraphData, constants: Mapping[str, Tensor], limits: Limits
+    data: GraphData,
+    constants: Mapping[str, Tensor],
+    limits: Limits,
+    *,
+    vouched: bool = False,
 ) -> tuple[GraphData, dict[ModelId, str]]:
     """Leave out the models of a document that cannot run.
 
@@ -65,6 +70,8 @@ def admit(
         data: The document.
         constants: Tensors that the graph refers to by content.
         limits: On each operator.
+        vouched: Who gives the document has run its operators, as capturing them does, so that they
+            need not be tried; their sizes are looked at all the same.
 
     Returns:
         The document without them (the same object where all can run), and why not, by model.
@@ -73,7 +80,7 @@ def admit(
         GraphDataError: members of one group do not do the same work.
     """
     _check_groups(data.graph)
-    refused = _Admission(data, constants, limits).refused()
+    refused = _Admission(data, constants, limits, vouched).refused()
     if not refused:
         return data, {}
     kept = tuple(model for model in data.models if model.id not in refused)
@@ -116,8 +123,15 @@ def _plain(type_: TensorType | None) -> tuple[str, tuple[int, ...]] | None:
 
 
 class _Admission:
-    def __init__(self, data: GraphData, constants: Mapping[str, Tensor], limits: Limits) -> None:
+    def __init__(
+        self,
+        data: GraphData,
+        constants: Mapping[str, Tensor],
+        limits: Limits,
+        vouched: bool,
+    ) -> None:
         self._data, self._constants, self._limits = data, constants, limits
+        self._vouched = vouched
         self._nodes = {node.name: node for node in data.graph.nodes}
         self._calls = Calls(limits)
 
@@ -141,6 +155,8 @@ class _Admission:
             return self._source_reason(node)
         if node.op == "cgo.random":
             return _random_reason(node) or self._calls.size_reason(node.types)
+        if self._vouched:
+            return self._calls.size_reason(node.types)
         given = [self._nodes[ref.name].types[ref.index] for ref in inputs_of(node)]
         return self._calls.reason(node, given)
 
@@ -211,15 +227,17 @@ _RUN_FOR_SHAPES = re.compile(
 )
 
 
+@cache
+def _fakes(run: bool) -> FakeTensorMode:
+    """Made once, where it is needed: the first imports torch's compiler."""
+    return FakeTensorMode(allow_fallback_kernels=run)
+
+
 class Calls:
     """Whether operators can be called as nodes say, tried on tensors without elements."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        # Made once: making one takes longer than most calls.
-        self._fakes, self._running = (
-            FakeTensorMode(allow_fallback_kernels=run) for run in (False, True)
-        )
         self._known: dict[object, str | None] = {}  # reasons, by what a call depends on
 
     def reason(self, node: Node, given: Sequence[TensorType | None]) -> str | None:
@@ -260,7 +278,7 @@ class Calls:
         Raises:
             Refused: it would take more than the limits, or draw random numbers.
         """
-        fakes = self._running if _RUN_FOR_SHAPES.fullmatch(node.op) else self._fakes
+        fakes = _fakes(bool(_RUN_FOR_SHAPES.fullmatch(node.op)))
         with silent(), torch.no_grad(), fakes:
             args, kwargs = torch_arguments(node, [_fake(type_) for type_ in given])
             watch = Watch(self._limits)

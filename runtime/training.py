@@ -46,6 +46,7 @@ def train(
     observer: Observer | None = None,
     device: torch.device | Sequence[torch.device] | None = None,
     limits: Limits | None = None,
+    vouched: bool = False,
 ) -> dict[ModelId, float]:
     """Train all models of a document, and say what happens to each.
 
@@ -56,6 +57,7 @@ def train(
         observer: Sees every step.
         device: Where to train, one or several; default is all CUDA devices, or the CPU.
         limits: On each operator; default is what fails on these devices for certain.
+        vouched: See `cgo.runtime.admission.admit`.
 
     Returns:
         Each trained model's final metric, aliases included.
@@ -73,7 +75,9 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     tuning = Tuning.from_json(data.experiment.get("tuning", {}))
     constants = _constants(data)
-    data, refused = admit(data, constants, limits or Limits.of_memory(_total_bytes(given)))
+    data, refused = admit(
+        data, constants, limits or Limits.of_memory(_total_bytes(given)), vouched=vouched
+    )
     for id_, reason in refused.items():
         report(_failed(id_, reason))
     with tf32(tuning.tf32):

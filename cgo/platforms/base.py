@@ -18,7 +18,9 @@ class TrialRequest:
     """One trial to run.
 
     `folder` holds `graph.json`; the trial writes `weights/`, `checkpoint.pt` and `log.txt` there.
-    Submitting a folder that holds a checkpoint goes on from it. `allowed_modules` limits what the
+    Submitting a folder that holds a checkpoint goes on from it. `vouched` is the SHA-256 of a
+    document whose operators the engine itself has captured: a trial that it shares a machine with
+    need not try them again. `allowed_modules` limits what the
     trial imports for its document (`cgo.allowed`); it reaches the trial by its environment. None
     adds no limit.
     """
@@ -27,6 +29,7 @@ class TrialRequest:
     folder: Path
     import_roots: tuple[str, ...] = ()
     allowed_modules: tuple[str, ...] | None = None
+    vouched: str | None = None
 
 
 @dataclass(frozen=True)

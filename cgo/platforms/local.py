@@ -368,7 +368,7 @@ def _asked(request: TrialRequest, environment: Mapping[str, str | None]) -> Requ
     except OSError:  # it was removed
         folder = None
     document, log_file = str(request.folder / "graph.json"), str(request.folder / LOG)
-    limits = request.import_roots, request.allowed_modules
+    limits = request.import_roots, request.allowed_modules, request.vouched
     return Request(document, log_file, folder, environment, *limits)
 
 

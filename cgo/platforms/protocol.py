@@ -18,6 +18,7 @@ class Request:
 
     `folder` is the current directory, which relative paths lead from; None: it stays as it is.
     `environment` holds variables that are other than when the worker was started; None: not set.
+    `vouched` is the SHA-256 of a document whose operators need not be tried.
     """
 
     document: str
@@ -26,6 +27,7 @@ class Request:
     environment: Mapping[str, str | None]
     import_roots: tuple[str, ...] = ()
     allowed_modules: tuple[str, ...] | None = None
+    vouched: str | None = None
 
     def line(self) -> str:
         """The request as it is written."""
