@@ -55,16 +55,21 @@ def take_part(source: Path, target: Path, models: Collection[ModelId], trial_id:
     part = replace(part, experiment={**whole.experiment, "trial_id": trial_id}, base=target)
     target.mkdir(parents=True, exist_ok=True)
     for reference in part.files().values():
-        _share(source, target, reference)
+        share_file(source, target, reference)
     checkpoint.take(source, target, models)
     part.write(target / "graph.json")
     return part
 
 
-def _share(source: Path, target: Path, reference: FileRef) -> None:
-    """A file of both trials; neither ever writes into it."""
+def share_file(source: Path, target: Path, reference: FileRef) -> None:
+    """Put a file of one folder into another, too; neither trial ever writes into it.
+
+    Raises:
+        OSError: it cannot be read, or written there.
+    """
     path = target / reference.file
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # of an attempt that a crash has cut short
     try:
         os.link(source / reference.file, path)
     except OSError:  # a file system without links
