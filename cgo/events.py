@@ -32,7 +32,10 @@ class Event:
     - "ended": {"success": bool, "error": str | None, "weights": path relative to the trial's
       folder | None, "sha256": hash of that file | None}; always the model's last event
     - "trial" (model is ""): {"what": ..., ...figures}. Of the trial: "begun", "lowered",
-      "progress", "checkpoint" (what it does not hold, and why), "finished". Of its plan: "placed"
+      "progress", "checkpoint" (what it does not hold, and why), "finished". Of what it was told to
+      do (`cgo.commands`): "added" (models of a further document, which is told before anything of
+      them), "refused" (a document, and why), "joined" (models that step together from now on, and
+      the seconds that making their program took, beside those of an epoch). Of its plan: "placed"
       (models on each device), "memory" (estimated bytes, and those measured once there are any),
       "tuned". Of steps: "captured" (seconds), "eager" (why it is not captured), "overlap" (calls
       on several streams), "compiled" (parts, how many of their structures were compiled for it

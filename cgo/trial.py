@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from cgo.allowed import ALLOWED_MODULES
+from cgo.commands import Commands
 from cgo.errors import TrialError
 from cgo.events import Event, encode
 from cgo.graph import ModelId
@@ -37,6 +38,7 @@ def execute(
     observer: Any = None,
     limits: Any = None,
     vouched: bool = False,
+    commands: Commands | None = None,
 ) -> dict[ModelId, float]:
     """Train a document's models in this process and return their final metrics.
 
@@ -48,6 +50,7 @@ def execute(
         limits: On each operator, see `cgo.runtime.watching.Limits`; default is what the devices
             hold.
         vouched: See `cgo.runtime.admission.admit`.
+        commands: Which models are to join or to end meanwhile.
 
     Raises:
         TrialError: no document was given and this process is no trial.
@@ -57,12 +60,16 @@ def execute(
     graph_data = graph_data if graph_data is not None else _current
     if graph_data is None:
         raise TrialError("this process is no trial; give the GraphData to execute")
+    rest = {
+        "observer": observer,
+        "limits": limits,
+        "vouched": vouched,
+        "commands": commands,
+    }
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="cgo-trial-") as temporary:
-            given = Path(temporary), report or _ignore
-            return train(graph_data, *given, observer=observer, limits=limits, vouched=vouched)
-    given = folder, report or _ignore
-    return train(graph_data, *given, observer=observer, limits=limits, vouched=vouched)
+            return train(graph_data, Path(temporary), report or _ignore, **rest)
+    return train(graph_data, folder, report or _ignore, **rest)
 
 
 def _ignore(event: Event) -> None:
@@ -107,6 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
         "document", type=Path, nargs="?", help="the GraphData, a JSON file; none: NNI's parameter"
     )
     parser.add_argument("--events-fd", type=int, default=1, help="where event lines are written")
+    parser.add_argument("--commands-fd", type=int, help="where lines of commands are read")
     parser.add_argument("--parent-fd", type=int, help="a pipe whose closing ends the trial")
     parser.add_argument(
         "--requests-fd", type=int, help="where trials are asked for, one after another: cgo.worker"
@@ -146,17 +154,26 @@ def _run(options: argparse.Namespace) -> int:
 
         return run()
     with os.fdopen(options.events_fd, "w", buffering=1, closefd=False) as events:
-        train_document(options.document, events)
+        fd = options.commands_fd
+        commands = None if fd is None else Commands.following(fd)
+        train_document(options.document, events, commands=commands)
     return 0
 
 
-def train_document(path: Path, events: TextIO, vouched: str | None = None) -> None:
+def train_document(
+    path: Path,
+    events: TextIO,
+    *,
+    vouched: str | None = None,
+    commands: Commands | None = None,
+) -> None:
     """Be the trial of a document; its modules are found in the folders of the environment.
 
     Args:
         path: The document; weights and the checkpoint go beside it.
         events: Where event lines are written.
         vouched: The SHA-256 of a document whose operators need not be tried before they are used.
+        commands: Which models are to join or to end meanwhile.
     """
     roots = os.environ.get(IMPORT_ROOTS, "")
     sys.path[:0] = [root for root in roots.split(os.pathsep) if root and root not in sys.path]
@@ -169,7 +186,7 @@ def train_document(path: Path, events: TextIO, vouched: str | None = None) -> No
 
     begin(refused, report)
     known = vouched is not None and hashlib.sha256(content).hexdigest() == vouched
-    execute(folder=path.parent, report=report, vouched=known)
+    execute(folder=path.parent, report=report, vouched=known, commands=commands)
 
 
 #: Seconds in which what user code has left running may end.

@@ -69,7 +69,7 @@ def _served(request: Mapping[str, Any], events: TextIO, restore: Callable[[], st
     """
     outside = _diverted(request["log"])
     _prepare(request)
-    trial.train_document(Path(request["document"]), events, request["vouched"])
+    trial.train_document(Path(request["document"]), events, vouched=request["vouched"])
     trial.leave()
     if reason := restore():
         return reason

@@ -22,6 +22,9 @@ from cgo.runtime.scaling import LossScale
 from cgo.runtime.state import ModelState
 from cgo.user_code import told
 
+#: The error of a model that was cancelled.
+CANCELLED = "cancelled while it was trained"
+
 Report = Callable[[Event], None]
 
 
@@ -84,6 +87,11 @@ class Member:
     def fail(self, error: str) -> None:
         """End the model with an error."""
         self._end({"success": False, "error": cut(error), "weights": None, "sha256": None})
+
+    def cancel(self) -> None:
+        """End the model because somebody has asked for it; its history stays."""
+        value = {"success": False, "error": CANCELLED, "weights": None, "sha256": None}
+        self._end(value | {"cancelled": True})
 
     def _succeed(self, metric: float) -> None:
         path = self.folder / "weights" / f"{file_name(self.id)}.safetensors"

@@ -44,7 +44,7 @@ def place_models(
         return Places({entry.id: devices[0] for entry in data.models})
     free = [accelerator_for(device).free_bytes() for device in devices]
     targets = [Target(str(i), int(FILLED * size)) for i, size in enumerate(free)]
-    placement = place(data.graph, _needs(data), targets)
+    placement = place(data.graph, needs_of(data), targets)
     largest = devices[free.index(max(free))]
     found = {
         entry.id: devices[int(placement.targets[entry.id])]
@@ -63,7 +63,8 @@ def place_models(
     return Places(found, bool(placement.feeds))
 
 
-def _needs(data: GraphData) -> Mapping[ModelId, Need]:
+def needs_of(data: GraphData) -> Mapping[ModelId, Need]:
+    """What each model of a document takes."""
     needs = dict(estimate_needs(data.graph))
     held = {entry.id: state_bytes(entry) for entry in data.models}
     needs = {id_: replace(need, state_bytes=held[id_]) for id_, need in needs.items()}

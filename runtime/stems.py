@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from cgo.errors import TrialError
-from cgo.graph import Graph, ModelId, Node, TensorType, restrict
+from cgo.graph import STATE, Graph, ModelId, Node, Ref, TensorType, restrict
+from cgo.passes.sharing import argument_key
 from cgo.passes.split_stems import Split, SplitStems, StemValue
 from cgo.runtime.accelerator import free_memory
 from cgo.runtime.data import DataSets, Leaves, epoch_order, flatten
@@ -136,6 +138,7 @@ class StemStore:
         self._moved: dict[tuple[str, str], Tensor] = {}  # frozen tensors from other devices
         self._programs: dict[str, Lowered] = {}
         self._kept: dict[tuple[str, str], _Kept] = {}  # by split and leaf
+        self._adopted: set[tuple[str, str]] = set()  # those that another store has filled
         self._complete: set[str] = set()  # splits all of whose samples are kept
         self._split, self._order = "train", torch.empty(0, dtype=torch.int64)
         self._at = self._filled = 0
@@ -144,6 +147,27 @@ class StemStore:
     def complete(self) -> frozenset[str]:
         """Splits whose values are all kept."""
         return frozenset(self._complete)
+
+    def adopt(self, others: Sequence[StemStore]) -> None:
+        """Take over values that other stores of the same data keep of all samples of a split.
+
+        They have the bits that they had there, and are not computed or held a second time.
+        """
+        known = {
+            (value.split, signature(other._stem, value)): other._kept[value.split, value.leaf]
+            for other in others
+            if self._keeps and self._device == other._device
+            for value in other._values
+            if value.split in other._complete
+        }
+        for value in self._values:
+            kept = known.get((value.split, signature(self._stem, value)))
+            if kept is not None:
+                self._kept[value.split, value.leaf] = kept
+                self._adopted.add((value.split, value.leaf))
+        for split in {split for split, _ in self._adopted}:
+            if all((split, v.leaf) in self._adopted for v in self._values if v.split == split):
+                self._complete.add(split)
 
     def begin(self, split: str, epoch: int) -> None:
         """Start a pass over a split, whose batches follow in the epoch's order.
@@ -196,6 +220,8 @@ class StemStore:
         for value in wanted:
             key, tensor = (self._split, value.leaf), computed[value.leaf].to(self._device)
             _check(value, tensor)
+            if key in self._adopted:
+                continue
             if key not in self._kept:
                 samples = len(self._order)
                 self._kept[key] = _Kept.like(tensor, samples)
@@ -261,6 +287,26 @@ class _Kept:
     def gather(self, index: Tensor) -> Tensor:
         batch = self.rows.index_select(0, index)
         return batch.permute(0, 3, 1, 2) if self.images else batch
+
+
+#: Keywords that say whose something is, and not what.
+_NAMES = frozenset({"model", "path", "twins"})
+
+
+def signature(stem: Graph, value: StemValue) -> str:
+    """Equal for values that are the same for every sample, in whatever graph they were found."""
+    own = [o for o in stem.outputs if o.key == value.leaf and o.program.startswith(value.split)]
+    output = max(own, key=lambda output: output.program)
+    digests: dict[str, str] = {}
+    for node in restrict(Graph(stem.nodes, (output,))).nodes:
+        refs: list[Ref] = []
+        kwargs = tuple((k, v) for k, v in node.kwargs if k not in _NAMES)
+        literals = argument_key(node.args, refs), argument_key(kwargs, refs)
+        read = [(digests[ref.name], ref.index) for ref in refs]
+        known = node.keyword("content") or node.op not in (*STATE, "cgo.constant")
+        row = (node.op, literals, read, node.types, node.autocast, None if known else node.name)
+        digests[node.name] = hashlib.sha256(repr(row).encode()).hexdigest()
+    return f"{digests[output.ref.name]}.{output.ref.index}/{output.program}"
 
 
 def _check(value: StemValue, batch: Tensor) -> None:

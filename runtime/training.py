@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,20 @@ import psutil
 import torch
 from torch import Tensor
 
-from cgo import weights
+from cgo.commands import Command, Commands
+from cgo.division import restricted
 from cgo.errors import CgoError, TrialError, UserExitError
 from cgo.events import Event, cut
-from cgo.graph import ModelId
+from cgo.graph import Graph, ModelId
 from cgo.graph_data import GraphData, ModelEntry
 from cgo.private.late_compiler import import_late
-from cgo.runtime import checkpoint
+from cgo.runtime import allowance, checkpoint
 from cgo.runtime.admission import admit
+from cgo.runtime.allowance import Allowance
 from cgo.runtime.cohort import Cohort
+from cgo.runtime.company import Company, Setting
 from cgo.runtime.device_lanes import Observer
+from cgo.runtime.joining import Joiners, constants_of, read_joiners
 from cgo.runtime.member import Member, Report
 from cgo.runtime.placing import place_models
 from cgo.runtime.precision import tf32
@@ -30,6 +35,7 @@ from cgo.runtime.record import Record
 from cgo.runtime.tuning import make_tuner
 from cgo.runtime.watching import Limits
 from cgo.tuning import Tuning
+from cgo.union import JOINED, fusing_of, regrouped, union, write_union
 from cgo.user_code import contained, told
 
 log = logging.getLogger(__name__)
@@ -47,6 +53,7 @@ def train(
     device: torch.device | Sequence[torch.device] | None = None,
     limits: Limits | None = None,
     vouched: bool = False,
+    commands: Commands | None = None,
 ) -> dict[ModelId, float]:
     """Train all models of a document, and say what happens to each.
 
@@ -58,9 +65,10 @@ def train(
         device: Where to train, one or several; default is all CUDA devices, or the CPU.
         limits: On each operator; default is what fails on these devices for certain.
         vouched: See `cgo.runtime.admission.admit`.
+        commands: Which models are to join or to end meanwhile.
 
     Returns:
-        Each trained model's final metric, aliases included.
+        Each trained model's final metric, aliases and those that joined included.
 
     Raises:
         GraphDataError: files that the document refers to are missing or changed, or groups of its
@@ -74,26 +82,22 @@ def train(
     data.check_files()
     folder.mkdir(parents=True, exist_ok=True)
     tuning = Tuning.from_json(data.experiment.get("tuning", {}))
-    constants = _constants(data)
-    data, refused = admit(
-        data, constants, limits or Limits.of_memory(_total_bytes(given)), vouched=vouched
-    )
+    constants = constants_of(data)
+    if data.experiment.get(JOINED):  # it goes on after a crash
+        data = replace(data, graph=regrouped([data.graph], fusing_of(data)))
+    limits = limits or Limits.of_memory(_total_bytes(given))
+    data, refused = admit(data, constants, limits, vouched=vouched)
     for id_, reason in refused.items():
         report(_failed(id_, reason))
     with tf32(tuning.tf32):
-        trial = _Trial(data, constants, folder, report, observer, given, tuning)
+        rest = commands or Commands(), limits
+        trial = _Trial(data, constants, folder, report, observer, given, tuning, *rest)
         try:
             trial.run()
         finally:
-            for cohort in trial.cohorts:
+            for cohort in trial.cohorts.values():
                 cohort.close()
     return trial.metrics()
-
-
-def _constants(data: GraphData) -> dict[str, Tensor]:
-    if data.constants is None:
-        return {}
-    return weights.load(data.base / data.constants.file)
 
 
 def _failed(id_: ModelId, error: str) -> Event:
@@ -112,6 +116,16 @@ def _all_devices() -> list[torch.device]:
     return found or [torch.device("cpu")]
 
 
+@dataclass(frozen=True)
+class _Added:
+    """What joins a trial, all made."""
+
+    data: GraphData  # with those that train already
+    members: list[Member]
+    companies: list[tuple[Cohort, Company]]
+    failed: Mapping[ModelId, str]
+
+
 class _Trial:
     def __init__(
         self,
@@ -122,44 +136,74 @@ class _Trial:
         observer: Observer | None,
         devices: Sequence[torch.device],
         tuning: Tuning,
+        commands: Commands | None = None,
+        limits: Limits | None = None,
     ) -> None:
         started = time.perf_counter()
         self.data, self.folder, self.report = data, folder, report
+        self._constants, self._devices = dict(constants), devices
+        self._commands, self._limits = commands or Commands(), limits or Limits()
+        self._allowance = Allowance(allowance.SHARE)
         self.members: dict[ModelId, Member] = {}
+        self._found: dict[ModelId, float] = {}  # metrics of models that are let go of
         self._not_kept: set[ModelId] = set()  # told already
         places = place_models(data, devices, self._tell)
         records = checkpoint.load(folder) or {}
         for entry in data.models:
             member = self._resumed(entry, places.devices[entry.id], records.get(entry.id))
-            if member is not None:
+            if isinstance(member, Member):
                 self.members[entry.id] = member
+            else:
+                self.report(_failed(entry.id, member))
         record = Record(folder / RECORD, devices[0], tuning.record)
         tuner = partial(make_tuner, tuning, record=record, tell=self._tell)
-        self.cohorts = [
-            Cohort(data, key, members, constants, observer, tuner, self._tell, places.feeding)
-            for key, members in self._by_data().items()
-        ]
+        self._setting = Setting(tuner, self._tell, observer, stopped=self._stopped)
+        self.cohorts: dict[str, Cohort] = {}  # by data
+        given = data.graph, constants, places.feeding
+        for cohort, company in self._companies(data, self.members.values(), *given):
+            cohort.add(company)
         seconds = time.perf_counter() - started
+        self._allowance.made(len(self.members), seconds, joining=False)
         figures = {"models": len(self.members), "loaders": len(self.cohorts), "seconds": seconds}
         self._tell("lowered", **figures, tf32=tuning.tf32)
 
-    def _member(self, entry: ModelEntry, device: torch.device) -> Member | None:
+    def _companies(
+        self,
+        data: GraphData,
+        members: Iterable[Member],
+        graph: Graph,
+        constants: Mapping[str, Tensor],
+        feeding: bool,
+    ) -> list[tuple[Cohort, Company]]:
+        """Models by their data, with the cohort that each company is to be in."""
+        grouped: dict[str, list[Member]] = {}
+        for member in members:
+            grouped.setdefault(member.entry.data, []).append(member)
+        found = []
+        for key, own in grouped.items():
+            if key not in self.cohorts:
+                options = fusing_of(self.data)
+                cohort = Cohort(data.data[key], options, self._allowance, self._setting)
+                self.cohorts[key] = cohort
+            cohort = self.cohorts[key]
+            found.append((cohort, cohort.company(graph, own, constants, feeding=feeding)))
+        return found
+
+    def _member(self, entry: ModelEntry, data: GraphData, device: torch.device) -> Member | str:
+        """The model, or why it cannot be built: its own failure."""
         try:
             with contained:
-                return Member(entry, self.data, device, self.folder, self.report)
-        except Exception as error:  # of its factory, optimizer or file: its own failure
+                return Member(entry, data, device, self.folder, self.report)
+        except Exception as error:  # of its factory, optimizer or file
             named = isinstance(error, CgoError) and not isinstance(error, UserExitError)
-            self.report(
-                _failed(entry.id, str(error) if named else f"building it raised {told(error)}")
-            )
-            return None
+            return str(error) if named else f"building it raised {told(error)}"
 
     def _resumed(
         self, entry: ModelEntry, device: torch.device, record: dict[str, Any] | None
-    ) -> Member | None:
+    ) -> Member | str:
         """The model as its checkpoint has it; from its start where that cannot be loaded."""
-        member = self._member(entry, device)
-        if member is None or record is None:
+        member = self._member(entry, self.data, device)
+        if isinstance(member, str) or record is None:
             return member
         try:
             with contained:
@@ -167,25 +211,105 @@ class _Trial:
             return member
         except Exception as error:
             log.warning("model %r starts anew: its checkpoint raised %s", entry.id, told(error))
-            return self._member(entry, device)
-
-    def _by_data(self) -> dict[str, list[Member]]:
-        grouped: dict[str, list[Member]] = {}
-        for member in self.members.values():
-            grouped.setdefault(member.entry.data, []).append(member)
-        return grouped
+            return self._member(entry, self.data, device)
 
     def run(self) -> None:
         """Train epoch by epoch; models of different loaders take turns."""
-        for member in self.members.values():
-            member.start()
-        while any(member.running for member in self.members.values()):
-            for cohort in self.cohorts:
+        self._start(self.members.values())
+        while True:
+            self._obey()
+            if not self._running():
+                break
+            for cohort in list(self.cohorts.values()):
                 if cohort.running():
                     cohort.epoch()
                 cohort.sync()
             self._save()
         self._tell("finished")
+
+    def _running(self) -> list[Member]:
+        return [member for member in self.members.values() if member.running]
+
+    def _start(self, members: Iterable[Member]) -> None:
+        for member in members:
+            member.start()
+
+    # --- what is asked for while models train -----------------------------------------------------
+
+    def _stopped(self) -> frozenset[ModelId]:
+        return self._commands.stopped
+
+    def _obey(self) -> None:
+        """End the models that are to end, and let others join if there is time for it."""
+        self._stop()
+        while (command := self._commands.first()) is not None:
+            if self._commands.draining:
+                self._refuse(command, "the trial takes no more models")
+            elif self._running() and not self._allowance.allows(len(command.models)):
+                break  # what waits costs nobody anything
+            else:
+                self._join(command)
+            self._commands.drop()
+            self._stop()
+
+    def _stop(self) -> None:
+        wanted = self._commands.stopped
+        for cohort in self.cohorts.values() if wanted else ():
+            for company in cohort.companies:
+                for member in company.running():
+                    if member.id in wanted:
+                        company.cancel(member.id)
+        self._commands.forget(id_ for id_ in wanted if id_ in self.members)
+
+    def _refuse(self, command: Command, reason: str) -> None:
+        log.warning("%s is not added: %s", command.document, reason)
+        self._tell("refused", document=command.document, reason=cut(reason))
+
+    def _join(self, command: Command) -> None:
+        """Let a further document's models train from now on; where that fails, nobody is hurt."""
+        started = time.perf_counter()
+        try:
+            joiners = read_joiners(Path(command.document), self._limits, self._devices)
+            added = self._added(joiners)
+        except Exception as error:
+            self._refuse(command, str(error) if isinstance(error, CgoError) else told(error))
+            return
+        self._tell("added", document=command.document, models=joiners.ids)
+        for id_, reason in added.failed.items():
+            self.report(_failed(id_, reason))
+        self._let_go()
+        self.data = added.data
+        self._constants |= joiners.constants
+        self.members |= {member.id: member for member in added.members}
+        seconds = time.perf_counter() - started
+        for cohort, company in added.companies:
+            company.joined_s = seconds / len(added.companies)
+            cohort.add(company)
+        self._start(added.members)
+
+    def _added(self, joiners: Joiners) -> _Added:
+        """Everything made that the models need, and the trial's document written."""
+        whole = restricted(self.data, [member.id for member in self._running()])
+        whole = union(whole, joiners.data)
+        places = place_models(joiners.data, self._devices, self._tell)
+        failed = dict(joiners.refused)
+        members: list[Member] = []
+        for entry in joiners.data.models:
+            member = self._member(entry, joiners.data, places.devices[entry.id])
+            if isinstance(member, Member):
+                members.append(member)
+            else:
+                failed[entry.id] = member
+        given = joiners.data.graph, joiners.constants, places.feeding
+        companies = self._companies(joiners.data, members, *given)
+        constants = {**self._constants, **joiners.constants}
+        whole = write_union(whole, joiners.data, self.folder, constants)
+        return _Added(whole, members, companies, failed)
+
+    def _let_go(self) -> None:
+        """Keep no more of models that have ended than their metrics."""
+        self._found = self.metrics()
+        self.members = {member.id: member for member in self._running()}
 
     def _save(self) -> None:
         """Write the checkpoint, without what cannot be kept: that is only missed after a crash."""
@@ -209,7 +333,7 @@ class _Trial:
 
     def metrics(self) -> dict[ModelId, float]:
         """Final metrics of what was trained."""
-        found = {
+        found = self._found | {
             id_: member.history[-1][member.entry.training.metric_name]
             for id_, member in self.members.items()
             if member.ended is not None and member.ended["success"]

@@ -139,9 +139,9 @@ def test_a_lane_that_becomes_nan_changes_no_bit_of_its_neighbours(cuda, tmp_path
 
 def test_an_epoch_of_replays_does_not_synchronise(cuda, tmp_path):
     """`torch.cuda.set_sync_debug_mode` raises at whatever waits for the device."""
-    from cgo.runtime.cohort import Cohort
+    from cgo.runtime.company import Company
 
-    plain, epochs = Cohort._train, []
+    plain, epochs = Company._train, []
 
     def watched(self, loader, epoch, members):
         torch.cuda.set_sync_debug_mode("error" if epoch > 2 else "default")
@@ -154,11 +154,11 @@ def test_an_epoch_of_replays_does_not_synchronise(cuda, tmp_path):
     cases = [Case("a", "mlp", {"dropout": 0.2}, training={"epochs": 5}),
              Case("b", "cnn", training={"epochs": 5})]  # fmt: skip
     plan = Planner().plan([case.model() for case in cases], tmp_path, {"tuning": CAPTURED})
-    Cohort._train = watched
+    Company._train = watched
     try:
         metrics = train(plan.graph_data, tmp_path, lambda event: None, device=cuda)
     finally:
-        Cohort._train = plain
+        Company._train = plain
     assert epochs == list(range(5))
     assert set(metrics) == {"a", "b"}
 

@@ -183,7 +183,7 @@ class Trial(Merged):
         self.scales.setdefault(model, []).append(self.scale(model))
 
     def replays(self):
-        programs = self.trial.cohorts[0].lanes[0].merged._programs
+        programs = next(iter(self.trial.cohorts.values())).companies[0].lanes[0].merged._programs
         return all(b._step.replaying for (name, *_), b in programs.items() if "train" in name)
 
     def scale(self, model):
