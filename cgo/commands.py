@@ -112,10 +112,14 @@ class Commands:
     def read(self, lines: TextIO) -> None:
         """Take every line of a stream as a command; what is none is logged."""
         while line := lines.readline(MOST_LINE):
-            try:
-                self.put(decode(line))
-            except TrialError as error:
-                log.warning("%s", error)
+            self.hear(line)
+
+    def hear(self, line: str) -> None:
+        """Take a line as a command; one that is none is logged."""
+        try:
+            self.put(decode(line))
+        except TrialError as error:
+            log.warning("%s", error)
 
     def put(self, command: Command) -> None:
         """Let a command wait for the trial."""

@@ -83,7 +83,9 @@ class TrialRecord:
 
     trial_id: TrialId
     models: tuple[ModelId, ...]
-    report: Mapping[str, Any]  # a MergeReport as JSON; of a crashed trial's part: "part_of" which
+    # A MergeReport as JSON; of a crashed trial's part: "part_of" which. "joined" has one for those
+    # models, last in `models`, that joined while it ran.
+    report: Mapping[str, Any]
     started_at: float  # seconds since the epoch
 
 
@@ -152,6 +154,19 @@ class Store:
         row = (trial_id, json.dumps(list(models)), json.dumps(report), time.time())
         sql = "INSERT INTO trials (trial_id, models, report, started_at) VALUES (?, ?, ?, ?)"
         self._write(sql, [row])
+
+    def join_trial(
+        self, trial_id: TrialId, models: Sequence[ModelId], report: Mapping[str, Any]
+    ) -> None:
+        """Write that models joined a trial; their report is one of "joined" in the trial's own."""
+        with self._lock:
+            ((known, text),) = self._read(
+                "SELECT models, report FROM trials WHERE trial_id = ?", (trial_id,)
+            )
+            whole = json.loads(text)
+            whole["joined"] = [*whole.get("joined", ()), dict(report)]
+            row = (json.dumps([*json.loads(known), *models]), json.dumps(whole), trial_id)
+            self._write("UPDATE trials SET models = ?, report = ? WHERE trial_id = ?", [row])
 
     def record(self, trial_id: TrialId, event: Event) -> None:
         """Write an event; a successful end makes the model's result known by its content."""

@@ -18,7 +18,9 @@ import ctypes
 import faulthandler
 import json
 import os
+import queue
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -26,6 +28,7 @@ from typing import Any, TextIO
 
 from cgo import trial
 from cgo.allowed import ALLOWED_MODULES, as_text
+from cgo.commands import Commands
 from cgo.platforms.local import IMPORT_ROOTS
 from cgo.platforms.protocol import Said
 
@@ -43,9 +46,9 @@ def serve(requests_fd: int, events_fd: int, max_growth_bytes: int | None = None)
     most = MAX_GROWTH_BYTES if max_growth_bytes is None else max_growth_bytes
     with (
         os.fdopen(events_fd, "w", buffering=1, closefd=False) as events,
-        os.fdopen(requests_fd, "r", encoding="utf-8") as requests,
         ExitStack() as ends,
     ):
+        asked = _Asked(os.fdopen(requests_fd, "r", encoding="utf-8"))
         pristine = Pristine(random, most)
 
         def say(word: str, reason: str = "") -> None:
@@ -53,23 +56,66 @@ def serve(requests_fd: int, events_fd: int, max_growth_bytes: int | None = None)
 
         ends.callback(pristine.end)
         say("ready")
-        while line := requests.readline():
+        while (request := asked.next()) is not None:
             say("took")
-            if reason := _served(json.loads(line), events, pristine.restore):
+            if reason := _served(request, asked.commands, events, pristine.restore):
                 say("retired", reason)
                 break
+            asked.ended(request["document"])
             say("ready")
     return 0
 
 
-def _served(request: Mapping[str, Any], events: TextIO, restore: Callable[[], str | None]) -> str:
+class _Asked:
+    """Requests, one after another, and the commands that come meanwhile.
+
+    Args:
+        lines: Read by a thread of its own, as commands have to be heard while a trial runs.
+    """
+
+    def __init__(self, lines: TextIO) -> None:
+        self._lines = lines
+        self._waiting: queue.SimpleQueue[Mapping[str, Any] | None] = queue.SimpleQueue()
+        self._commands: dict[str, Commands] = {}  # of trials that have not ended, by document
+        self.commands = Commands()  # of the last request
+        threading.Thread(target=self._read, name="cgo-requests", daemon=True).start()
+
+    def _read(self) -> None:
+        while line := self._lines.readline():
+            found = json.loads(line)
+            if found["do"] == "train":
+                self._commands[found["document"]] = Commands()
+                self._waiting.put(found)
+            elif (commands := self._commands.get(found["document"])) is not None:
+                commands.hear(found["command"])
+        self._waiting.put(None)
+
+    def next(self) -> Mapping[str, Any] | None:
+        """The next request; None when no more will come."""
+        request = self._waiting.get()
+        if request is not None:
+            self.commands = self._commands[request["document"]]
+        return request
+
+    def ended(self, document: str) -> None:
+        """Let commands for a trial pass from now on."""
+        del self._commands[document]
+
+
+def _served(
+    request: Mapping[str, Any],
+    commands: Commands,
+    events: TextIO,
+    restore: Callable[[], str | None],
+) -> str:
     """Run a trial; why this process is to run no other, or nothing.
 
     Only then does its output go to the trial's log no more: a process that ends has more to say.
     """
     outside = _diverted(request["log"])
     _prepare(request)
-    trial.train_document(Path(request["document"]), events, vouched=request["vouched"])
+    document, vouched = Path(request["document"]), request["vouched"]
+    trial.train_document(document, events, vouched=vouched, commands=commands)
     trial.leave()
     if reason := restore():
         return reason

@@ -179,3 +179,12 @@ def test_another_version_is_refused(tmp_path):
         db.execute("UPDATE meta SET value = '99' WHERE key = 'version'")
     with pytest.raises(StoreError, match="journal version 99, expected 1"):
         cgo.open_experiment(tmp_path)
+
+
+def test_models_that_join_a_trial_stand_in_its_row(store):
+    store.add_trial("t0000", ["a"], {"models": 1})
+    store.join_trial("t0000", ["b", "c"], {"models": 2})
+    store.join_trial("t0000", ["d"], {"models": 1})
+    (record,) = cgo.open_experiment(store.folder).trials()
+    assert record.models == ("a", "b", "c", "d")
+    assert record.report == {"models": 1, "joined": [{"models": 2}, {"models": 1}]}

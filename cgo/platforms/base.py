@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from cgo.commands import Command
 from cgo.events import Event
 from cgo.interface import WorkerInfo
 
@@ -69,3 +70,18 @@ class Platform(Protocol):
 
     def close(self) -> None:
         """Stop all trials and wait for their exits."""
+
+
+@runtime_checkable
+class Commanded(Platform, Protocol):
+    """A platform with a channel into the trials that it runs.
+
+    Without one, models that are submitted wait for an idle worker, and those that train are only
+    stopped with their whole trial.
+    """
+
+    def command(self, trial_id: TrialId, command: Command) -> bool:
+        """Tell a trial what to do; False: it cannot be told. True does not say that it obeys."""
+
+    def worker_of(self, trial_id: TrialId) -> WorkerInfo | None:
+        """The worker of a running trial, with the memory that is free beside it; None: unknown."""

@@ -12,10 +12,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cgo.allowed import ALLOWED_MODULES, as_text
+from cgo.commands import Command
 from cgo.errors import TrialError
 from cgo.events import Event, events_in, is_finish
 from cgo.interface import WorkerInfo
@@ -84,6 +85,12 @@ class _Running:
     again: bool = False  # it was given to one that ended without having looked at it
     cancelled: bool = False
     finished: bool = False
+    commands: list[Command] = field(default_factory=list)  # that came before it was given away
+
+    @property
+    def document(self) -> str:
+        """The file of what it trains."""
+        return str(self.request.folder / "graph.json")
 
 
 class LocalPlatform:
@@ -176,7 +183,7 @@ class LocalPlatform:
         request, given = running.request, running.request.allowed_modules
         limit = {} if given is None else {ALLOWED_MODULES: as_text(given)}
         environment = trial_environment(request.import_roots, self._extra() | limit)
-        command = [*self._command, str(request.folder / "graph.json")]
+        command = [*self._command, running.document]
         with (request.folder / LOG).open("ab") as log_file:
             worker = start_alone(command, environment, log_file)
         running.worker = running.slot.worker = worker
@@ -233,7 +240,9 @@ class LocalPlatform:
     def _give(self, running: _Running, worker: Worker) -> None:
         changes = _changes(worker.environment, self._environment())
         running.worker = worker
-        worker.ask(_asked(running.request, changes))
+        worker.ask(_asked(running, changes))
+        while running.commands:
+            worker.tell(running.document, running.commands.pop(0))
 
     # --- what processes say -------------------------------------------------------------------
 
@@ -330,6 +339,23 @@ class LocalPlatform:
         timer.daemon = True
         timer.start()
 
+    def command(self, trial_id: TrialId, command: Command) -> bool:
+        """Send a trial a command, once it has begun."""
+        with self._lock:
+            running = self._running.get(trial_id)
+            if running is None or running.cancelled or running.finished:
+                return False
+            if running.worker is None:
+                running.commands.append(command)
+                return True
+            return running.worker.tell(running.document, command)
+
+    def worker_of(self, trial_id: TrialId) -> WorkerInfo | None:
+        """The trial's worker; it holds every device of the machine."""
+        with self._lock:
+            running = self._running.get(trial_id)
+        return None if running is None else _worker_info(running.slot.number, devices())
+
     def idle_workers(self) -> Sequence[WorkerInfo]:
         """Workers without a trial; each holds every device of the machine."""
         with self._lock:
@@ -361,13 +387,14 @@ class LocalPlatform:
                     log.warning("%s does not end", reader.name)
 
 
-def _asked(request: TrialRequest, environment: Mapping[str, str | None]) -> Request:
+def _asked(running: _Running, environment: Mapping[str, str | None]) -> Request:
     """A trial as it is asked of a process that is started already, in our current directory."""
     try:
         folder: str | None = os.getcwd()
     except OSError:  # it was removed
         folder = None
-    document, log_file = str(request.folder / "graph.json"), str(request.folder / LOG)
+    request = running.request
+    document, log_file = running.document, str(request.folder / LOG)
     limits = request.import_roots, request.allowed_modules, request.vouched
     return Request(document, log_file, folder, environment, *limits)
 

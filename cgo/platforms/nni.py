@@ -72,6 +72,9 @@ class _Running:
 class NniPlatform:
     """Runs each trial as one trial of an NNI experiment.
 
+    NNI has no channel into a trial that runs: models that are submitted meanwhile wait for an idle
+    worker, and `cancel_models` ends a trial only with the last of its models.
+
     Args:
         training_service: "local", another platform's name, or NNI's configuration of a training
             service, which is passed on as it is. Workers on other machines must see the experiment

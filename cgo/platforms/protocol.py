@@ -35,6 +35,18 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Order:
+    """A command for the trial of a document, a line of `cgo.commands`; others let it pass."""
+
+    document: str
+    command: str
+
+    def line(self) -> str:
+        """The order as it is written."""
+        return json.dumps({"do": "tell", **asdict(self)}) + "\n"
+
+
+@dataclass(frozen=True)
 class Said:
     """A line of the worker's own: `ready`, `took` or `retired`, the last with a reason."""
 

@@ -16,7 +16,8 @@ from typing import IO, BinaryIO
 
 import psutil
 
-from cgo.platforms.protocol import Request
+from cgo.commands import Command, encode
+from cgo.platforms.protocol import Order, Request
 
 #: Without -P (new in Python 3.11), Python puts the current directory on the module path.
 _UNSAFE_PATH = (
@@ -34,6 +35,7 @@ class Worker:
     events_fd: int
     parent_fd: int  # closing it ends the process
     requests: IO[bytes] | None = None  # None: it runs the trial that it was started with
+    commands: IO[bytes] | None = None  # of that trial
     output: BinaryIO | None = None  # what it says outside of trials
     reader: threading.Thread | None = None
     ready: bool = False  # waits for a request
@@ -46,9 +48,22 @@ class Worker:
         """Send a request; to one that has ended by now it is lost."""
         self.ready = self.took = False
         assert self.requests is not None
-        with contextlib.suppress(OSError):
-            self.requests.write(request.line().encode())
-            self.requests.flush()
+        self._write(self.requests, request.line())
+
+    def tell(self, document: str, command: Command) -> bool:
+        """Send a command to the trial of a document; False: nobody reads it any more."""
+        if self.requests is not None:
+            return self._write(self.requests, Order(document, encode(command)).line())
+        return self.commands is not None and self._write(self.commands, encode(command) + "\n")
+
+    @staticmethod
+    def _write(stream: IO[bytes], line: str) -> bool:
+        try:
+            stream.write(line.encode())
+            stream.flush()
+        except (OSError, ValueError):  # it has ended, or we have closed our end
+            return False
+        return True
 
     def signal(self, number: int) -> None:
         """Signal the process and all that it has started, unless it has been waited for."""
@@ -73,9 +88,10 @@ class Worker:
     def close(self) -> None:
         """Close our ends of its pipes, but for the events."""
         os.close(self.parent_fd)
-        with contextlib.suppress(OSError):
-            if self.requests is not None:
-                self.requests.close()
+        for stream in (self.requests, self.commands):
+            with contextlib.suppress(OSError):
+                if stream is not None:
+                    stream.close()
 
     def last_words(self) -> bytes:
         """What it has said outside of trials."""
@@ -98,7 +114,7 @@ def start_serving(command: Sequence[str], environment: Mapping[str, str]) -> Wor
 def _start(
     command: Sequence[str], environment: Mapping[str, str], output: BinaryIO, *, serving: bool
 ) -> Worker:
-    names = ["--events-fd", "--parent-fd", *(["--requests-fd"] if serving else [])]
+    names = ["--events-fd", "--parent-fd", "--requests-fd" if serving else "--commands-fd"]
     with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
         pipes = {name: os.pipe() for name in names}
         # Of events it has the end that is written to, of the others the one that is read.
@@ -118,10 +134,10 @@ def _start(
         )
         ours.pop_all()
     events, parent = ends["--events-fd"][1], ends["--parent-fd"][1]
+    asked = os.fdopen(ends[names[-1]][1], "wb")
     if not serving:
-        return Worker(process, environment, events, parent)
-    requests = os.fdopen(ends["--requests-fd"][1], "wb")
-    return Worker(process, environment, events, parent, requests, output)
+        return Worker(process, environment, events, parent, commands=asked)
+    return Worker(process, environment, events, parent, asked, output=output)
 
 
 def python(module: str) -> list[str]:

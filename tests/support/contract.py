@@ -1,14 +1,16 @@
 """What every platform must do: subclass, give a `platform` fixture, and the tests run."""
 
 import queue
+import time
 
 import pytest
 
 import cgo
+from cgo.commands import Command
 from cgo.errors import TrialError
 from cgo.imports import import_roots
 from cgo.planner import Planner
-from cgo.platforms.base import TrialRequest
+from cgo.platforms.base import Commanded, TrialRequest
 
 WAIT_S = 60
 
@@ -25,6 +27,13 @@ class Heard:
 
     def of(self, trial):
         return [event for name, event in self.events if name == trial]
+
+    def until(self, trial, kind):
+        """Wait for an event of a kind."""
+        deadline = time.monotonic() + WAIT_S
+        while not any(event.kind == kind for event in self.of(trial)):
+            assert time.monotonic() < deadline, f"no {kind}"
+            time.sleep(0.01)
 
 
 class PlatformContract:
@@ -97,3 +106,51 @@ class PlatformContract:
         platform.submit(self.request(tmp_path, epochs=1000))
         platform.close()
         assert heard.exits.get_nowait().cancelled
+
+    # --- with a channel into trials -------------------------------------------------------------
+
+    @pytest.fixture
+    def commanded(self, platform):
+        if not isinstance(platform, Commanded):
+            pytest.skip("this platform has no channel into its trials")
+        return platform
+
+    def test_models_are_added_to_a_trial_that_runs(self, commanded, heard, tmp_path):
+        commanded.submit(self.request(tmp_path, epochs=30))
+        more = self.request(tmp_path, "t1", epochs=2)
+        heard.until("t0", "epoch")
+        command = Command("add", str(more.folder / "graph.json"), ("t1-m",))
+        assert commanded.command("t0", command)
+        assert heard.exit().error is None
+        told = [e.value for e in heard.of("t0") if e.kind == "trial"]
+        assert [value["models"] for value in told if value["what"] == "added"] == [["t1-m"]]
+        ended = {e.model: e.value["success"] for e in heard.of("t0") if e.kind == "ended"}
+        assert set(ended) == {"t0-m", "t1-m"}
+
+    def test_models_of_a_trial_that_runs_are_stopped(self, commanded, heard, tmp_path):
+        commanded.submit(self.request(tmp_path, epochs=10_000))
+        heard.until("t0", "epoch")
+        assert commanded.command("t0", Command("stop", models=("t0-m",)))
+        ended = heard.exit()
+        assert (ended.error, ended.cancelled) == (None, False)
+        (value,) = [e.value for e in heard.of("t0") if e.kind == "ended"]
+        assert value["cancelled"]
+
+    def test_a_command_may_come_before_the_trial_is_up(self, commanded, heard, tmp_path):
+        commanded.submit(self.request(tmp_path, epochs=10_000))
+        assert commanded.command("t0", Command("stop", models=("t0-m",)))
+        assert heard.exit().error is None
+        assert not any(event.kind == "epoch" for event in heard.of("t0"))
+
+    def test_nobody_hears_what_is_told_to_a_trial_that_is_gone(self, commanded, heard, tmp_path):
+        command = Command("stop", models=("t0-m",))
+        assert not commanded.command("unknown", command)
+        assert commanded.worker_of("unknown") is None
+        commanded.submit(self.request(tmp_path, epochs=10_000))
+        worker = commanded.worker_of("t0")
+        assert 0 < worker.free_memory_bytes <= worker.total_memory_bytes
+        commanded.cancel("t0")
+        assert not commanded.command("t0", command)
+        heard.exit()
+        assert not commanded.command("t0", command)
+        assert commanded.worker_of("t0") is None

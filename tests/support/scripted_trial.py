@@ -33,6 +33,7 @@ def main():
     parser.add_argument("document", type=Path)
     parser.add_argument("--events-fd", type=int)
     parser.add_argument("--parent-fd", type=int)
+    parser.add_argument("--commands-fd", type=int)
     options = parser.parse_args()
     document = json.loads(options.document.read_text())
     if os.environ.get("CGO_TEST_BROKEN"):
