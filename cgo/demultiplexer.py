@@ -62,6 +62,10 @@ class Demultiplexer:
         """Give `alias` every event of `twin` from now on; both were added."""
         self._aliases.setdefault(twin, []).append(alias)
 
+    def aliases_of(self, twin: ModelId) -> tuple[ModelId, ...]:
+        """The models that get this one's events as well."""
+        return tuple(self._aliases.get(twin, ()))
+
     def register(self, listener: AbstractGraphListener) -> None:
         """Call a listener for every event from now on."""
         self._listeners.append(listener)
@@ -74,8 +78,13 @@ class Demultiplexer:
         if event.model not in self._tracks:
             log.warning("trial %s: event for unknown model %r", trial_id, event.model)
             return
-        for id_ in (event.model, *self._aliases.get(event.model, ())):
+        for id_ in (event.model, *self.aliases_of(event.model)):
             self._take(trial_id, replace(event, model=id_))
+
+    def end(self, trial_id: TrialId, event: Event) -> None:
+        """Take the end of one model, and of none that equals it; further events change nothing."""
+        if not self.ended(event.model):
+            self._take(trial_id, event)
 
     def _write_down(self, trial_id: TrialId, event: Event) -> None:
         """Into the journal; one that cannot be written keeps nobody waiting."""
@@ -96,10 +105,17 @@ class Demultiplexer:
         with self._changed:
             return id_ in self._ended
 
+    def settled(self, id_: ModelId) -> bool:
+        """Whether neither a model nor one that gets its events waits for any."""
+        with self._changed:
+            return self._ended.issuperset((id_, *self.aliases_of(id_)))
+
     def _take(self, trial_id: TrialId, event: Event) -> None:
         track = self._tracks[event.model]
         if event.model in self._ended:
-            log.warning("trial %s: late event %s of model %r", trial_id, event.kind, event.model)
+            cancelled = track.model.status is ModelStatus.CANCELLED  # it may train on for a while
+            level = logging.DEBUG if cancelled else logging.WARNING
+            log.log(level, "trial %s: late event %s of model %r", trial_id, event.kind, event.model)
             return
         match event.kind:
             case "started":

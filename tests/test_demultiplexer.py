@@ -276,3 +276,23 @@ def test_a_journal_that_cannot_be_written_keeps_nobody_waiting(caplog):
     assert facts(a)[:3] == (ModelStatus.TRAINED, 0.2, [0.1, 0.2])
     assert "ended of model 'a' is not in the journal" in caplog.text
     assert "no space left" in caplog.text
+
+
+def test_one_of_two_equal_models_is_ended_by_itself(caplog):
+    a, b = model("a"), model("b")
+    demultiplexer = Bench(a, b).demultiplexer
+    demultiplexer.alias("b", "a")
+    first, *rest = stream("a", [0.1, 0.2, 0.3])
+    demultiplexer.dispatch("t", first)
+    value = {"success": False, "error": "enough", "weights": None, "sha256": None}
+    ended = Event("a", "ended", None, value | {"cancelled": True})
+    demultiplexer.end("-", ended)
+    assert demultiplexer.ended("a")
+    assert not demultiplexer.settled("a")
+    demultiplexer.end("-", ended)  # again
+    for event in rest:
+        demultiplexer.dispatch("t", event)
+    assert demultiplexer.settled("a")
+    assert (a.status, a.history, a.error) == (ModelStatus.CANCELLED, [], "enough")
+    assert (b.status, len(b.history)) == (ModelStatus.TRAINED, 3)
+    assert "late event" not in caplog.text  # nobody wonders that it trained on
