@@ -40,6 +40,7 @@ from cgo.report import MergeReport
 from cgo.scheduler import Scheduler
 from cgo.store import Store, spec_of
 from cgo.tuning import Tuning
+from cgo.union import fusing_as_json
 
 #: Seconds in which what was interrupted may end: trials are killed after less.
 _CANCELLING_S = 2 * GRACE_S
@@ -108,6 +109,7 @@ class _Engine(AbstractExecutionEngine):
                 "max_models": max_models,
                 "max_duration_s": max_duration_s,
                 "tuning": tuning.as_json(),
+                **fusing_as_json(batch_operators),
             },
             allowed_modules=self._allowed_modules,
         )
@@ -210,6 +212,45 @@ class _Engine(AbstractExecutionEngine):
             f"{len(left)} of {len(ids)} models had not ended after {timeout_s:g} s "
             f"({', '.join(left[:5])}{', ...' if len(left) > 5 else ''}); they train on"
         )
+
+    def cancel_models(self, *models: Model) -> None:
+        """Cancel models, and return before they have ended; `wait_models` waits for that.
+
+        Those that wait are dropped. Those that train are stopped at their next step, and keep the
+        history that they have by then; what trains beside them goes on. Of those that have ended,
+        nothing changes. A model that equals another one is trained on as long as that is wanted.
+        On a platform without a channel into its trials, such as NNI's, nothing more is told of a
+        model that trains, and its trial ends with the last of its models.
+
+        Args:
+            models: Submitted models, or copies of them.
+
+        Raises:
+            SpecError: a model was not submitted to this engine; none is cancelled.
+
+        Example:
+            >>> import cgo
+            >>> data = cgo.DataSpec("cgo.zoo:digits", batch_size=64)
+            >>> models = [cgo.Model("cgo.zoo:mlp", {"widths": [w]}, data=data,
+            ...                     training=cgo.TrainingSpec(metrics=("accuracy",), epochs=epochs))
+            ...           for w, epochs in ((16, 1), (32, 100_000))]
+            >>> with cgo.CGOEngine() as engine:
+            ...     engine.submit_models(*models)
+            ...     engine.wait_models(models[0])
+            ...     engine.cancel_models(models[1])
+            ...     engine.wait_models()
+            >>> [model.status.value for model in models]
+            ['trained', 'cancelled']
+        """
+        for model in models:
+            if not isinstance(model, Model):
+                raise SpecError(f"cancel_models: expected a Model, got {type(model).__name__}")
+        with self._lock:
+            found = [self._models[m.model_id] for m in models if m.model_id in self._models]
+            unknown = [m.model_id for m in models if m.model_id not in self._models]
+        if unknown:
+            raise SpecError(f"cancel_models: not submitted to this engine: {', '.join(unknown)}")
+        self._scheduler.cancel(found)
 
     def list_models(self, *statuses: ModelStatus) -> list[Model]:
         """Copies of the submitted models, in order; of the given statuses if any are."""

@@ -35,13 +35,16 @@ class Joiners:
         return [entry.id for entry in self.data.models] + sorted(self.refused)
 
 
-def read_joiners(path: Path, limits: Limits, devices: Sequence[torch.device]) -> Joiners:
+def read_joiners(
+    path: Path, limits: Limits, devices: Sequence[torch.device], beside: GraphData
+) -> Joiners:
     """Read a further document, as a trial of its own would.
 
     Args:
         path: The document; it lies in a folder of its own, with its files.
         limits: On each operator.
-        devices: Where its models are to be trained, beside those that are there.
+        devices: Where its models are to be trained.
+        beside: The models that are there.
 
     Raises:
         GraphDataError: the document or a file of it is refused, or its models do not fit into
@@ -52,7 +55,7 @@ def read_joiners(path: Path, limits: Limits, devices: Sequence[torch.device]) ->
     data.check_files()
     constants = constants_of(data)
     data, more = admit(data, constants, limits)
-    _check_memory(data, devices)
+    _check_memory(data, devices, beside)
     return Joiners(data, constants, refused | more)
 
 
@@ -63,11 +66,12 @@ def constants_of(data: GraphData) -> dict[str, Tensor]:
     return weights.load(data.base / data.constants.file)
 
 
-def _check_memory(data: GraphData, devices: Sequence[torch.device]) -> None:
-    """Models in the trial keep their state; of activations, the largest at a time are counted."""
+def _check_memory(data: GraphData, devices: Sequence[torch.device], beside: GraphData) -> None:
+    """All models keep their state; companies take turns, so that the largest step is counted."""
     needs = needs_of(data).values()
     needed = sum(need.state_bytes for need in needs)
-    needed += max((need.step_bytes for need in needs), default=0)
+    steps = [need.step_bytes for need in (*needs, *needs_of(beside).values())]
+    needed += max(steps, default=0)
     free = FILLED * sum(accelerator_for(device).free_bytes() for device in devices)
     if needed > free:
         raise GraphDataError(f"its models take {needed:,} bytes; {free:,.0f} may be taken")

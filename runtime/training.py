@@ -120,6 +120,7 @@ def _all_devices() -> list[torch.device]:
 class _Added:
     """What joins a trial, all made."""
 
+    joiners: Joiners
     data: GraphData  # with those that train already
     members: list[Member]
     companies: list[tuple[Cohort, Company]]
@@ -269,17 +270,18 @@ class _Trial:
         """Let a further document's models train from now on; where that fails, nobody is hurt."""
         started = time.perf_counter()
         try:
-            joiners = read_joiners(Path(command.document), self._limits, self._devices)
-            added = self._added(joiners)
+            staying = restricted(self.data, [member.id for member in self._running()])
+            given = self._limits, self._devices, staying
+            added = self._added(read_joiners(Path(command.document), *given), staying)
         except Exception as error:
             self._refuse(command, str(error) if isinstance(error, CgoError) else told(error))
             return
-        self._tell("added", document=command.document, models=joiners.ids)
+        self._tell("added", document=command.document, models=added.joiners.ids)
         for id_, reason in added.failed.items():
             self.report(_failed(id_, reason))
         self._let_go()
         self.data = added.data
-        self._constants |= joiners.constants
+        self._constants |= added.joiners.constants
         self.members |= {member.id: member for member in added.members}
         seconds = time.perf_counter() - started
         for cohort, company in added.companies:
@@ -287,10 +289,9 @@ class _Trial:
             cohort.add(company)
         self._start(added.members)
 
-    def _added(self, joiners: Joiners) -> _Added:
+    def _added(self, joiners: Joiners, staying: GraphData) -> _Added:
         """Everything made that the models need, and the trial's document written."""
-        whole = restricted(self.data, [member.id for member in self._running()])
-        whole = union(whole, joiners.data)
+        whole = union(staying, joiners.data)
         places = place_models(joiners.data, self._devices, self._tell)
         failed = dict(joiners.refused)
         members: list[Member] = []
@@ -304,7 +305,7 @@ class _Trial:
         companies = self._companies(joiners.data, members, *given)
         constants = {**self._constants, **joiners.constants}
         whole = write_union(whole, joiners.data, self.folder, constants)
-        return _Added(whole, members, companies, failed)
+        return _Added(joiners, whole, members, companies, failed)
 
     def _let_go(self) -> None:
         """Keep no more of models that have ended than their metrics."""
