@@ -20,6 +20,9 @@ from cgo.ids import is_model_id
 
 log = logging.getLogger(__name__)
 
+#: What a document's settings say of graphs that were put together without being merged.
+JOINED = "joined"
+
 Kind = Literal["add", "stop", "drain"]
 
 #: Characters of a line that are read.

@@ -1,4 +1,7 @@
-"""Documents put together, for models that join others which train already."""
+"""Documents put together, for models that join others which train already.
+
+A trial imports this, and with it the passes that merge, when somebody joins it.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from cgo import weights
+from cgo.commands import JOINED
 from cgo.division import share_file
 from cgo.errors import GraphDataError
 from cgo.graph import Graph
@@ -20,9 +24,6 @@ from cgo.passes.dedup_inputs import dedup_inputs
 from cgo.passes.dedup_stems import dedup_stems
 from cgo.passes.merge import merge
 from cgo.passes.pipeline import Pass, run_pipeline
-
-#: What a document's settings say of graphs that were put together without being merged.
-JOINED = "joined"
 
 
 def union(data: GraphData, added: GraphData) -> GraphData:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,13 +21,11 @@ from torch import Tensor
 
 from cgo.graph import Graph, ModelId, restrict
 from cgo.model import DataSpec
-from cgo.passes.batch_operators import BatchOperators
 from cgo.runtime.allowance import Allowance
 from cgo.runtime.company import Company, Setting
 from cgo.runtime.data import Loader, open_data
 from cgo.runtime.member import Member
 from cgo.runtime.tuning import Tuner
-from cgo.union import regrouped
 from cgo.user_code import told
 
 log = logging.getLogger(__name__)
@@ -38,7 +36,7 @@ class Cohort:
 
     Args:
         spec: Of their data.
-        options: Which operators of companies that become one may be fused; None: none.
+        regrouped: Merges the graphs of companies that become one.
         allowance: What that may take.
         setting: Of the trial; its tuners are made once for each device.
     """
@@ -46,13 +44,13 @@ class Cohort:
     def __init__(
         self,
         spec: DataSpec,
-        options: BatchOperators | None,
+        regrouped: Callable[[Sequence[Graph]], Graph],
         allowance: Allowance,
         setting: Setting,
     ) -> None:
         self.spec = spec
         self.companies: list[Company] = []
-        self._options, self._allowance = options, allowance
+        self._regrouped, self._allowance = regrouped, allowance
         self._make_tuner = setting.tuner
         self._tuners: dict[torch.device, Tuner] = {}
         self._setting = replace(setting, tuner=self._tuner)
@@ -159,7 +157,7 @@ class Cohort:
             for company in companies:
                 company.settle()
             graphs = [restrict(company.graph, models=ids) for company in companies]
-            graph = regrouped([graph for graph in graphs if graph.nodes], self._options)
+            graph = self._regrouped([graph for graph in graphs if graph.nodes])
             constants = {k: v for company in companies for k, v in company.constants.items()}
             feeding = any(company.setting.feeding for company in companies)
             one = self.company(graph, members, constants, feeding=feeding)

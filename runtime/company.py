@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -248,7 +250,7 @@ class Company:
             return
         if self.stems is not None:
             self.stems.begin("train", epoch)
-        clock = _FirstStep()
+        clock = _FirstSteps()
         for size, batch in loader.train(epoch):
             leaves = self._extended(batch, size)
             # Devices compute side by side: nothing here waits for one.
@@ -341,21 +343,24 @@ class Company:
             lanes.sync()
 
 
-class _FirstStep:
-    """How much longer the first step took than the next: that is where programs are made."""
+class _FirstSteps:
+    """How much longer the first steps take than others: in them, programs are made and recorded."""
 
     def __init__(self) -> None:
         self._at = [time.perf_counter()]
 
     def tick(self) -> None:
         """A step is over."""
-        if len(self._at) < 3:
+        if len(self._at) <= _LOOKED_AT:
             self._at.append(time.perf_counter())
 
     @property
     def surplus_s(self) -> float:
-        """Seconds; all of the first step's where there was no other."""
-        if len(self._at) < 2:
-            return 0.0
-        first, *rest = (b - a for a, b in zip(self._at, self._at[1:]))
-        return max(first - (rest[0] if rest else 0.0), 0.0)
+        """Seconds, of the first few steps together."""
+        steps = [after - before for before, after in itertools.pairwise(self._at)]
+        usual = statistics.median_low(steps) if steps else 0.0
+        return sum(max(step - usual, 0.0) for step in steps[:_MAKING])
+
+
+#: Steps of the first epoch that are looked at, and in how many of them a program is made.
+_LOOKED_AT, _MAKING = 64, 8

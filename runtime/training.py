@@ -14,7 +14,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from cgo.commands import Command, Commands
+from cgo.commands import JOINED, Command, Commands
 from cgo.division import restricted
 from cgo.errors import CgoError, TrialError, UserExitError
 from cgo.events import Event, cut
@@ -35,7 +35,6 @@ from cgo.runtime.record import Record
 from cgo.runtime.tuning import make_tuner
 from cgo.runtime.watching import Limits
 from cgo.tuning import Tuning
-from cgo.union import JOINED, fusing_of, regrouped, union, write_union
 from cgo.user_code import contained, told
 
 log = logging.getLogger(__name__)
@@ -84,7 +83,7 @@ def train(
     tuning = Tuning.from_json(data.experiment.get("tuning", {}))
     constants = constants_of(data)
     if data.experiment.get(JOINED):  # it goes on after a crash
-        data = replace(data, graph=regrouped([data.graph], fusing_of(data)))
+        data = replace(data, graph=_regrouped(data, [data.graph]))
     limits = limits or Limits.of_memory(_total_bytes(given))
     data, refused = admit(data, constants, limits, vouched=vouched)
     for id_, reason in refused.items():
@@ -98,6 +97,13 @@ def train(
             for cohort in trial.cohorts.values():
                 cohort.close()
     return trial.metrics()
+
+
+def _regrouped(data: GraphData, graphs: Sequence[Graph]) -> Graph:
+    """Graphs of one trial, merged by the planner's passes; few trials import these."""
+    from cgo.union import fusing_of, regrouped
+
+    return regrouped(graphs, fusing_of(data))
 
 
 def _failed(id_: ModelId, error: str) -> Event:
@@ -183,8 +189,8 @@ class _Trial:
         found = []
         for key, own in grouped.items():
             if key not in self.cohorts:
-                options = fusing_of(self.data)
-                cohort = Cohort(data.data[key], options, self._allowance, self._setting)
+                regroup = partial(_regrouped, self.data)
+                cohort = Cohort(data.data[key], regroup, self._allowance, self._setting)
                 self.cohorts[key] = cohort
             cohort = self.cohorts[key]
             found.append((cohort, cohort.company(graph, own, constants, feeding=feeding)))
@@ -291,6 +297,8 @@ class _Trial:
 
     def _added(self, joiners: Joiners, staying: GraphData) -> _Added:
         """Everything made that the models need, and the trial's document written."""
+        from cgo.union import union, write_union  # in few trials somebody joins
+
         whole = union(staying, joiners.data)
         places = place_models(joiners.data, self._devices, self._tell)
         failed = dict(joiners.refused)

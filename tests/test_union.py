@@ -5,12 +5,13 @@ import json
 import pytest
 
 import cgo
+from cgo.commands import JOINED
 from cgo.errors import GraphDataError
 from cgo.graph import verify
 from cgo.passes.batch_operators import BatchOperators
 from cgo.passes.merge import merge
 from cgo.planner import Planner
-from cgo.union import JOINED, fusing_as_json, fusing_of, regrouped, union, write_union
+from cgo.union import fusing_as_json, fusing_of, regrouped, union, write_union
 
 ALL = BatchOperators()
 

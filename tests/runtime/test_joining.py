@@ -330,7 +330,7 @@ def test_companies_that_cannot_be_merged_train_on_apart(tmp_path, unlimited, mon
     def broken(*_):
         raise ZeroDivisionError("a pass's bug")
 
-    monkeypatch.setattr("cgo.runtime.cohort.regrouped", broken)
+    monkeypatch.setattr("cgo.union.regrouped", broken)
     cases = [case("a"), case("j", seed=1)]
     run = Joined(cases[:1], {("a", 0): cases[1:]}, tmp_path)
     assert caplog.text.count("a pass's bug") == 1
