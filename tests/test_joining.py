@@ -1,5 +1,6 @@
 """Models that are submitted, or cancelled, while a trial runs, through real trials."""
 
+import doctest
 import threading
 import time
 from pathlib import Path
@@ -372,3 +373,9 @@ def test_one_that_is_cancelled_while_it_is_captured_is_not_trained(tmp_path):
     statuses = [each.status for each in given]
     assert statuses == [ModelStatus.TRAINED, ModelStatus.CANCELLED, ModelStatus.TRAINED]
     assert given[1].history == []
+
+
+def test_the_example_of_cancelling_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (example,) = doctest.DocTestFinder().find(cgo.CGOEngine.cancel_models, "cancel", globs={})
+    assert doctest.DocTestRunner().run(example) == (0, 5)
