@@ -65,6 +65,8 @@ class _Engine(AbstractExecutionEngine):
         allowed_modules: Modules and packages that trials may import for what a document names:
             factories, data sources, losses, metrics, optimizers, schedulers, augmentation. Torch's
             own names and `cgo.zoo` always may. None: whatever a document names, which is code.
+        merge_always: Merge models also where that is expected to take longer than it saves, as it
+            does for very few steps. Otherwise these are trained one after another in one trial.
 
     Raises:
         NestedEngineError: this process is a trial, or a worker of a loader.
@@ -85,6 +87,7 @@ class _Engine(AbstractExecutionEngine):
         batch_operators: BatchOperators | None = _FUSE_ALL,
         tuning: Tuning = _TUNED,
         allowed_modules: Iterable[str] | None = None,
+        merge_always: bool = False,
     ) -> None:
         refuse_inside_trial(type(self).__name__)
         self._allowed_modules = checked_modules(allowed_modules)
@@ -112,6 +115,7 @@ class _Engine(AbstractExecutionEngine):
                 **fusing_as_json(batch_operators),
             },
             allowed_modules=self._allowed_modules,
+            merge_always=merge_always,
         )
         atexit.register(self.close)
 

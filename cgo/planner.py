@@ -88,6 +88,7 @@ class Planner:
         self._captured: dict[ModelId, Captured] = {}  # early
         self._failed: dict[ModelId, str] = {}  # why an early capture could not be
         self._capture_s = 0.0
+        self._estimates: dict[ModelId, Estimate] = {}  # of what is not planned yet
 
     def content(self, model: Model) -> str:
         """A digest of all that decides a model's result; equal content means an equal result.
@@ -140,14 +141,26 @@ class Planner:
             return None
         if not all(isinstance(model.module, str) for model in new):
             return None
-        found = self._estimated(new, device)
-        if found is not None and not found.merge:
+        found = self.estimated(new, device)
+        if found is None:
+            return None
+        self._estimates |= dict.fromkeys((model.model_id for model in new), found)
+        if not found.merge:
             for model in new:
                 self._capture_here(model, f"merging would not repay itself ({found})")
         return found
 
-    def _estimated(self, models: Sequence[Model], device: str) -> Estimate | None:
-        """Both sides, from steps of a few models, tried for no longer than `_SAMPLING_S`."""
+    def _share(self, models: Sequence[Model]) -> Estimate | None:
+        """These models' part of what was estimated for them and others."""
+        found = [self._estimates.pop(model.model_id, None) for model in models]
+        known = [estimate for estimate in found if estimate is not None]
+        return known[0].share(len(known)) if known else None
+
+    def estimated(self, models: Sequence[Model], device: str) -> Estimate | None:
+        """Both sides, from steps of a few models, tried for no longer than `_SAMPLING_S`.
+
+        None where not one of them could be tried.
+        """
         self._refused = {}
         samples: list[Sample] = []
         batches: list[tuple[int, int]] = []
@@ -239,7 +252,6 @@ class Planner:
         models: Sequence[Model],
         folder: Path,
         experiment: Mapping[str, Any] | None = None,
-        estimated: Estimate | None = None,
     ) -> Plan:
         """Capture and merge models, and write the trial's document and weights into `folder`.
 
@@ -247,7 +259,6 @@ class Planner:
             models: What the trial is to train.
             folder: The trial's own folder.
             experiment: JSON settings that the trial reads with `cgo.trial.experiment_config`.
-            estimated: What `consider` gave; it stands in the report.
 
         Raises:
             Exception: the models cannot be planned together, for whatever reason a pass had. Fewer
@@ -257,7 +268,7 @@ class Planner:
         try:
             with _uncollected():
                 plan = self._planned(models, captured, failures, folder, experiment or {})
-            return replace(plan, report=replace(plan.report, estimate=estimated))
+            return replace(plan, report=replace(plan.report, estimate=self._share(models)))
         except Exception:
             self._captured |= captured
             self._failed |= failures

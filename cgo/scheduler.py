@@ -68,6 +68,7 @@ class Scheduler:
         import_roots: Folders for the trial's module path, from the models it trains.
         experiment: JSON settings that trials can read.
         allowed_modules: What trials may import for their documents; None: whatever these name.
+        merge_always: Merge what is not expected to repay it, too.
     """
 
     def __init__(
@@ -80,8 +81,10 @@ class Scheduler:
         import_roots: Callable[[Sequence[Model]], tuple[str, ...]],
         experiment: Mapping[str, Any],
         allowed_modules: tuple[str, ...] | None = None,
+        merge_always: bool = False,
     ) -> None:
         self._allowed_modules = allowed_modules
+        self._merge_always, self._last_device = merge_always, "cpu"
         self.reports: list[MergeReport] = []
         self._experiment = experiment
         self._store, self._platform, self._merge = store, platform, merge
@@ -462,6 +465,8 @@ class Scheduler:
         batch.models = [model for model in batch.models if self._needed(model)]
         share = self._share(batch)
         batch.models, batch.company = share.models, share.company or batch.company
+        if not self._merge_always:
+            self._planner.consider(batch.company or batch.models, self._device())
         # All of them first: trials that run already would take the cores from what is captured.
         self._planner.capture(batch.company)
         batch.models = [model for model in batch.models if self._needed(model)]
@@ -486,6 +491,12 @@ class Scheduler:
             self._demultiplexer.alias(alias, twin)
         ids, report = [model.model_id for model in fresh], plan.report.as_json()
         self._place(Trial(request, models, ids=ids, report=report, apart=not batch.may_join))
+
+    def _device(self) -> str:
+        """Where trials run, or the last ones did: "cpu", or a GPU."""
+        if workers := self._platform.idle_workers():
+            self._last_device = workers[0].device
+        return self._last_device
 
     def _place(self, trial: Trial) -> None:
         """Start a trial where a worker is idle, or add its models to one that runs."""

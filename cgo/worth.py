@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,10 @@ class Estimate:
             f"{self.merged_s:.2g} s merged, capture and lowering counted"
         )
 
-    def as_json(self) -> dict[str, Any]:
-        """The estimate as JSON values."""
-        return {"models": self.models, "plain_s": self.plain_s, "merged_s": self.merged_s}
+    def share(self, models: int) -> Estimate:
+        """The part of some of the models, which are like the others."""
+        part = models / self.models
+        return Estimate(models, self.plain_s * part, self.merged_s * part)
 
 
 def estimate(

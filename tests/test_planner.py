@@ -199,3 +199,72 @@ def test_what_a_trial_would_refuse_to_read_is_an_opaque_lane(tmp_path):
     assert set(execute(plan.graph_data, folder=tmp_path)) == {"odd", "m"}
     with pytest.raises(ModelError, match="'odd': its graph cannot be sent to a trial"):
         Planner()._capture(cgo.Model(chebyshev(), model_id="odd", **given))
+
+
+# --- whether merging can win ----------------------------------------------------------------------
+
+
+def few(epochs, count=4, **training):
+    training = {"epochs": epochs} | training
+    return [Case(f"m{n}", "mlp", WIDE, seed=n, training=training).model() for n in range(count)]
+
+
+def test_models_of_few_steps_are_left_as_they_are_and_say_why(tmp_path):
+    planner, models = Planner(), few(1)
+    found = planner.consider(models, "cpu")
+    assert not found.merge
+    plan = planner.plan(models, tmp_path)
+    assert plan.failures == {}
+    assert plan.report.captured == 0
+    assert plan.report.estimate == found
+    for reason in plan.report.opaque.values():
+        assert reason == f"merging would not repay itself ({found})"
+    assert len(execute(GraphData.read(tmp_path / "graph.json"))) == 4
+
+
+def test_models_of_many_steps_are_merged(tmp_path):
+    planner, models = Planner(), few(10_000)
+    found = planner.consider(models, "cpu")
+    assert found.merge
+    assert planner.captured() == {}
+    plan = planner.plan(models[:1], tmp_path)
+    assert plan.report.captured == 1
+    assert plan.report.estimate == found.share(1)
+
+
+def test_what_only_a_graph_can_send_is_captured(tmp_path):
+    given = cgo.Model(
+        small.mlp(),
+        data=cgo.DataSpec("support.small:points", batch_size=16),
+        training=cgo.TrainingSpec(),
+    )
+    assert Planner().consider([given], "cpu") is None
+    assert Planner(merge=False).consider(few(1), "cpu") is None
+
+
+def test_models_that_cannot_be_tried_are_no_samples(tmp_path):
+    planner = Planner()
+    bad = Case("bad", "mlp", {"width": "wide"}, training={"epochs": 1}).model()
+    assert planner.consider([bad], "cpu") is None
+    found = planner.consider([bad, *few(1)], "cpu")
+    assert found.models == 5
+    plan = planner.plan([bad, *few(1)], tmp_path)
+    assert set(plan.failures) == {"bad"}
+
+
+@pytest.mark.parametrize("precision", ["float64", "bfloat16"])
+def test_left_as_they_are_they_train_as_merged(precision, tmp_path):
+    found = []
+    for name, leave in (("plain", True), ("merged", False)):
+        models, planner, told = few(2, precision=precision), Planner(), []
+        if leave:
+            assert not planner.consider(models, "cpu").merge
+        plan = planner.plan(models, tmp_path / name)
+        execute(plan.graph_data, folder=tmp_path / name, report=told.append)
+        rows = [(e.model, e.epoch, e.value) for e in told if e.kind == "epoch"]
+        found.append({(m, e): {k: v for k, v in r.items() if k != "seconds"} for m, e, r in rows})
+    plain, merged = found
+    assert plain.keys() == merged.keys()
+    tolerance = 1e-9 if precision == "float64" else 2e-2
+    for key, row in plain.items():
+        assert row == pytest.approx(merged[key], rel=tolerance)

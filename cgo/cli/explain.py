@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from cgo.cli import view
 from cgo.fusion import FusionReport, fusion_report
 from cgo.graph import dump
 from cgo.graph_data import GraphData
+from cgo.machine import devices
 from cgo.passes.batch_operators import BatchOperators
 from cgo.passes.unmerged import Family
 from cgo.planner import Plan, Planner
@@ -36,7 +38,10 @@ def explain(spec: Path, dump_graph: bool, memory: bool) -> None:
     """Show what the search of a YAML file would merge, and why not more, without training it."""
     models = load(spec).build()
     with tempfile.TemporaryDirectory(prefix="cgo-explain-") as folder:
-        plan = Planner().plan(models, Path(folder))
+        planner = Planner()
+        estimate = planner.estimated(models, devices()[0].device)
+        plan = planner.plan(models, Path(folder))
+        plan = replace(plan, report=replace(plan.report, estimate=estimate))
         show(Console(), plan)
         if memory and plan.graph_data is not None:
             _show_memory(Console(), plan.graph_data)

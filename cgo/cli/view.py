@@ -177,6 +177,8 @@ def merge_lines(report: MergeReport) -> list[str]:
     ]
     if report.estimate is not None:
         lines.append(f"estimated: {report.estimate}")
+        if not report.estimate.merge:
+            lines.append("so a search trains them one after another, in one trial")
     return lines + _reasons(report.opaque)
 
 
