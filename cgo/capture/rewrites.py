@@ -204,6 +204,8 @@ def _filled(distribution: str, **names: str) -> Callable[..., Any]:
 
     def rewrite(to: Any, overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         named = bound(overload, args, kwargs)
+        if "self" not in named:  # one that makes a tensor of its own
+            return None
         given = {own: float(named[its]) for own, its in names.items()}
         return to.draw(distribution, to.fake(named["self"]), **given)
 

@@ -28,9 +28,10 @@ _STATIC = (PURE - _MAY_LOOK) | frozenset(
     "new_empty copy zero fill index_put scatter_add index_add".split()
 )
 
-#: What was found out in this process. Numbers count by their sign alone: a size of -1 may stand
-#: for "as many as there are values", which no other number does.
-_KNOWN: dict[object, bool] = {}
+#: Calls that were found to be static in this process; one that is not may just have had shapes that
+#: do not fit. Numbers count by their sign alone: a size of -1 may stand for "as many as there are
+#: values", which no other number does.
+_KNOWN: set[object] = set()
 
 
 def is_static(overload: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -45,12 +46,14 @@ def is_static(overload: OpOverload, args: Sequence[Any], kwargs: Mapping[str, An
     if name in _STATIC:
         return True
     key = (overload, _sign(args), tuple((name, _sign(v)) for name, v in kwargs.items()))
-    known = _KNOWN.get(key)
-    if known is None:
-        known = _KNOWN[key] = _gives_tensors(overload) and any(
-            _runs(overload, args, kwargs, mode, device) for mode, device in _WAYS
-        )
-    return known
+    if key in _KNOWN:
+        return True
+    found = _gives_tensors(overload) and any(
+        _runs(overload, args, kwargs, mode, device) for mode, device in _WAYS
+    )
+    if found:
+        _KNOWN.add(key)
+    return found
 
 
 def _sign(value: Any) -> object:
