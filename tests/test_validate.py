@@ -125,3 +125,14 @@ def test_gaps_are_relative_and_nan_is_one():
     assert gaps(right | big, left | big, "train/1")["the gradient of w"] < 1e-5
     nan = gaps({"a": torch.tensor([1.0])}, {"a": torch.tensor([float("nan")])}, "train/1")
     assert beyond(nan, {"a": 1e9}) == "a"
+
+
+def test_other_samples_of_one_shape():
+    """They come from the batches that are alike, or are the first half of the batch itself."""
+    a, b = torch.arange(4.0)[:, None], 10 + torch.arange(2.0)[:, None]
+    odd = torch.zeros(3, 5)
+    found = Examples(DATA, {n: {"input": t} for n, t in {"a": a, "b": b, "odd": odd}.items()})
+    assert found.others["a"]["input"].flatten().tolist() == [10, 10, 11, 0]
+    assert found.others["b"]["input"].flatten().tolist() == [0, 1]
+    alone = Examples(DATA, {"a": {"input": a}})
+    assert alone.others["a"]["input"].flatten().tolist() == [0, 0, 1, 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ from cgo.capture.export import export, quiet, reason_of
 from cgo.capture.kept import Kept
 from cgo.capture.kinds import Kinds, skeleton
 from cgo.capture.lightning import refuse_ignored_training
-from cgo.capture.python_state import Watched
+from cgo.capture.python_state import Watched, moved
 from cgo.capture.record import record
 from cgo.capture.traced import of_export
 from cgo.capture.validate import program_graph, validate
@@ -76,6 +77,31 @@ class Examples:
             for size in dict.fromkeys(found)
         }
         return cls(spec, batches, (len(data.train_sizes), len(data.validation_sizes)))
+
+    @functools.cached_property
+    def others(self) -> Mapping[str, Leaves]:
+        """For each batch one of its shape with other samples, as far as there are any."""
+        return {name: self._other(leaves) for name, leaves in self.batches.items()}
+
+    def _other(self, leaves: Leaves) -> Leaves:
+        """Samples of the batches that are shaped alike, the batch's own being the last of them.
+
+        Where it is alone, the first half of it, each sample twice.
+        """
+        alike = [b for b in self.batches.values() if b is not leaves and _rows(b) == _rows(leaves)]
+        places = [(b, row) for b in (*alike, leaves) for row in range(_size(b))]
+        size = _size(leaves)
+        taken = [places[i * len(places) // (2 * size)] for i in range(size)]
+        return {key: torch.stack([b[key][row] for b, row in taken]) for key in leaves}
+
+
+def _size(leaves: Leaves) -> int:
+    return min(len(leaf) for leaf in leaves.values())
+
+
+def _rows(leaves: Leaves) -> list[object]:
+    """What samples are, but for their number."""
+    return [(key, leaf.dtype, leaf.shape[1:]) for key, leaf in leaves.items()]
 
 
 @dataclass(frozen=True)
@@ -135,7 +161,7 @@ class Capturer:
         """
         module, random = self._module(model)
         refuse_ignored_training(model.model_id, module)
-        with Watched(module, (loss_function(model.training.loss),)).preserved():
+        with _watched(module, model.training).preserved():
             return self._captured(model, module, random, examples)
 
     def plain(self, model: Model, examples: Examples, reason: str) -> Captured:
@@ -223,7 +249,8 @@ class Capturer:
             try:
                 program, leaves = known.programs[name], examples.batches[name]
                 with contained:
-                    validate(program, name, module, model.training, leaves, seeds=(1,))
+                    other = examples.others[name]
+                    validate(program, name, module, model.training, leaves, other, seeds=(1,))
             except (CaptureError, UserExitError):
                 known, more = self._found(model, module, random, examples)
                 return known, fresh or more
@@ -302,15 +329,21 @@ def _record_all(
         CaptureError: one of them cannot be recorded, or is not what the module computes.
     """
     kept, training = Kept(module), model.training
-    buffers = [path for path, _ in module.named_buffers()]
+    watched = _watched(module, training)
+    buffers, begun = [path for path, _ in module.named_buffers()], watched.snapshot()
+    trained = [parameter.requires_grad for parameter in module.parameters()]
     found: dict[str, Program] = {}
 
-    def program(name: str, leaves: Leaves, proof: list[str] | None) -> tuple[Program, list[str]]:
+    def program(
+        name: str, leaves: Leaves, other: Leaves, proof: list[str] | None
+    ) -> tuple[Program, list[str]]:
         split = name.partition("/")[0]
         with kept.afterwards():
             traced = record(module, training, name, leaves)
             if [path for path, _ in module.named_buffers()] != buffers:
                 raise _RegistersBuffersError("its first call registers buffers")
+            if [parameter.requires_grad for parameter in module.parameters()] != trained:
+                raise CaptureError("forward sets which parameters are trained")
             check_loss(model, name, traced.loss())
             dtype, gradients = training.autocast_dtype, split == "train"
             made = convert(traced, autocast_dtype=dtype, gradients=gradients)
@@ -318,36 +351,47 @@ def _record_all(
             trusted = shape == proof or (
                 split != "train" and kinds.knows(traced, module, training, split)
             )
-            if not trusted:
-                validate(made, name, module, training, leaves, seeds=(1,), called=kept)
+            # Of a call that moves what Python keeps, a next one may be of another kind.
+            if not trusted or moved(begun, watched.snapshot()) is not None:
+                validate(made, name, module, training, leaves, other, seeds=(1,), called=kept)
                 kinds.learn(traced, module, training, split)
         return made, shape
 
     proof = _proof(program, examples)
     for name, leaves in examples.batches.items():
-        found[name], shape = program(name, leaves, proof)
+        found[name], shape = program(name, leaves, examples.others[name], proof)
         proof = proof or shape
     return found
 
 
 def _proof(
-    program: Callable[[str, Leaves, None], tuple[Program, list[str]]], examples: Examples
+    program: Callable[[str, Leaves, Leaves, None], tuple[Program, list[str]]], examples: Examples
 ) -> list[str] | None:
     """The skeleton of training on a few samples, if that is what the module computes.
 
     Whatever differs from it in nothing but sizes need not be compared, which would take longer.
+
+    Raises:
+        CaptureError: it is not.
     """
     name = _judged(examples.batches)
-    leaves = examples.batches[name]
+    given = examples.batches[name], examples.others[name]
     size = int(name.partition("/")[2])
     if size >= 4 * _ENOUGH:
-        name, leaves = f"train/{_ENOUGH}", {key: leaf[:_ENOUGH] for key, leaf in leaves.items()}
+        name = f"train/{_ENOUGH}"
+        given = _first(given[0]), _first(given[1])
     try:
         with contained:
-            return program(name, leaves, None)[1]
+            return program(name, *given, None)[1]
+    except CaptureError:  # once more, and what Python kept of this call would pass for a constant
+        raise
     except Exception as error:  # a module for batches of its own size
         log.debug("%s cannot be recorded: %s", name, error)
         return None
+
+
+def _first(leaves: Leaves) -> Leaves:
+    return {key: leaf[:_ENOUGH] for key, leaf in leaves.items()}
 
 
 def _export_all(model: Model, module: nn.Module, examples: Examples) -> dict[str, Program]:
@@ -359,7 +403,7 @@ def _export_all(model: Model, module: nn.Module, examples: Examples) -> dict[str
     """
     exports: dict[str, ExportedProgram] = {}
     return {
-        name: _program(module, model.training, name, leaves, exports)
+        name: _program(module, model.training, name, leaves, examples.others[name], exports)
         for name, leaves in examples.batches.items()
     }
 
@@ -373,6 +417,7 @@ def _program(
     training: TrainingSpec,
     name: str,
     leaves: Leaves,
+    other: Leaves,
     exports: dict[str, ExportedProgram],
 ) -> Program:
     """Export one program and validate it; `exports` holds the first export of each split.
@@ -395,13 +440,15 @@ def _program(
             with contained:
                 program = converted()
                 seeds = _PROOF if guessed else _CHECK
-                validate(program, name, module, training, leaves, seeds=seeds, proven=guessed)
+                validate(
+                    program, name, module, training, leaves, other, seeds=seeds, proven=guessed
+                )
                 return program
         except Exception as error:
             log.debug("%s is exported by itself: %s", name, error)
     exports[split] = export(module, training, name, leaves)
     program = converted()
-    validate(program, name, module, training, leaves)
+    validate(program, name, module, training, leaves, other)
     return program
 
 
@@ -456,6 +503,10 @@ def _structure(model: Model, module: nn.Module, examples: Examples) -> str:
     return digest_of(
         [what, _printed(module), tensors, modes, shapes, training["loss"], training["precision"]]
     )
+
+
+def _watched(module: nn.Module, training: TrainingSpec) -> Watched:
+    return Watched(module, (loss_function(training.loss),))
 
 
 def _state_entries(module: nn.Module) -> tuple[StateEntry, ...]:

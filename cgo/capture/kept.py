@@ -52,8 +52,7 @@ class Kept:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._tensors = tensors_of(module)
-        distinct = {id(tensor): tensor for tensor in self._tensors.values()}.values()
+        distinct = {id(tensor): tensor for tensor in tensors_of(module).values()}.values()
         self._values = [(t, t.detach().clone(), t.requires_grad) for t in distinct]
         self._contents: list[tuple[Any, Any]] = []
         seen: set[int] = set()
@@ -81,22 +80,24 @@ class Kept:
         for item in inner:
             self._look(item, depth + 1, seen)
 
-    def values(self) -> dict[str, Tensor]:
-        """Parameters and buffers by path, as they were."""
-        found = {id(tensor): value for tensor, value, _ in self._values}
-        return {path: found[id(tensor)] for path, tensor in self._tensors.items()}
-
     def put_back(self) -> None:
         """Make the module what it was; its gradients are gone."""
         for container, content in self._contents:
             if not _same(container, content):
                 _refill(container, content)
+        self.put_values_back()
+
+    def put_values_back(self) -> None:
+        """Let parameters and buffers hold what they held; attributes stay as they are."""
         with torch.no_grad():
             for tensor, value, trained in self._values:
                 tensor.grad = None
                 if tensor.requires_grad != trained:
                     tensor.requires_grad_(trained)
-                tensor.copy_(value)
+                if tensor.shape != value.shape or tensor.dtype is not value.dtype:
+                    tensor.data = value.clone()  # in memory of its own
+                else:
+                    tensor.copy_(value)
 
     @contextlib.contextmanager
     def afterwards(self) -> Iterator[None]:
@@ -111,8 +112,9 @@ def _same(container: Any, content: Any) -> bool:
     """Whether the very objects are in it, in their places."""
     if len(container) != len(content):
         return False
-    if isinstance(container, dict):
-        return all(key in content and content[key] is value for key, value in container.items())
+    if isinstance(container, dict):  # whose order counts as well
+        pairs = zip(container.items(), content.items())
+        return all(mine == its and value is kept for (mine, value), (its, kept) in pairs)
     if isinstance(container, set):
         return bool(container == content)
     return all(mine is its for mine, its in zip(container, content))

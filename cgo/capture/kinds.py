@@ -1,9 +1,9 @@
 """Kinds of recorded calls: the same operator on the same types, of other sizes.
 
-What can go wrong in a capture lies in the code of modules and in the operators it calls, not in
-widths, depths or batch sizes. So of each model one training program is compared with its module;
-and another program only where it holds a call that no program of the same classes held which was
-found to be right.
+What can go wrong in a capture lies in the code of modules, in the operators it calls, and in
+constants, which may be what a single run had; not in widths, depths or batch sizes. So of each
+model one training program is compared with its module; and another program only where it holds a
+call that no program of the same classes held which was found to be right.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from cgo.capture.traced import Traced
+from cgo.capture.traced import Source, Traced
 from cgo.model import TrainingSpec, as_json, digest_of
 from cgo.private.operators import OpOverload
+from cgo.weights import tensor_hash
 
 
 class Kinds:
@@ -46,7 +47,7 @@ def skeleton(traced: Traced) -> list[str]:
     places = {node.name: place for place, node in enumerate(traced.graph.nodes)}
     read = [str([places[n.name] for n in node.all_input_nodes]) for node in traced.graph.nodes]
     calls = (_call(node, traced) for node in traced.graph.nodes)
-    sources = (f"{source.kind} {source.key}" for source in traced.sources.values())
+    sources = (f"{source.kind} {_key(source)}" for source in traced.sources.values())
     return [*map("".join, zip(calls, read)), *sources]
 
 
@@ -81,7 +82,8 @@ def _argument(value: Any, traced: Traced, size: bool) -> Any:
         source = traced.sources.get(value.name)
         if source is None:
             return _types(value.meta.get("val"))
-        return source.kind, source.key if source.kind == "input" else "", _types(source.value)
+        named = source.kind in ("input", "constant")
+        return source.kind, _key(source) if named else "", _types(source.value)
     if isinstance(value, (tuple, list)):
         return [_argument(item, traced, size) for item in value]
     if size and type(value) is int:
@@ -95,6 +97,10 @@ def _types(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [_types(item) for item in value]
     return value
+
+
+def _key(source: Source) -> str:
+    return tensor_hash(source.value) if source.kind == "constant" else source.key
 
 
 _NAME = re.compile(r"SymInt(?:\[\d*\])?\??\s+(\w+)")

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -59,8 +62,16 @@ def record(module: nn.Module, training: TrainingSpec, name: str, leaves: Leaves)
             modes.enter_context(eval_mode(step))
         recorder = _Recording(module, own)
         with stand_ins(module), _unread(recorder), recording(recorder.call):
+            drawn = _drawn()
             loss, prediction = step(*own.values())
+        if _drawn() != drawn:
+            raise CaptureError("forward draws random numbers of Python's or NumPy's")
         return recorder.finish(loss, prediction)
+
+
+def _drawn() -> object:
+    """Where Python's and NumPy's streams are."""
+    return random.getstate(), np.random.get_state(legacy=False)["state"]["pos"]
 
 
 class _Recording:
@@ -75,9 +86,11 @@ class _Recording:
         self._made: dict[object, fx.Node] = {}  # by where they lie: what factories gave
         self._kept: list[Any] = []
         self._lifted = 0
+        self._read: list[tuple[_Attribute, Tensor]] = []  # of those: what a call read
         self._module = module
-        self._names: dict[int, str] | None = None  # of tensors that modules keep besides
+        self._places: dict[int, _Attribute] | None = None  # of tensors that modules keep besides
         self._grad, self._cast = torch.is_grad_enabled(), _autocast_setting()
+        self._dtype = torch.get_default_dtype()
         self._own: dict[int, tuple[str, Source]] = {}  # what may be read, by identity
         for path, tensor in module.named_parameters():
             source = Source("parameter", path, tensor, tensor)
@@ -110,6 +123,8 @@ class _Recording:
     def _call(self, overload: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not isinstance(overload, OpOverload):
             self.refuse(f"higher-order operator {overload}")
+        if torch.get_default_dtype() is not self._dtype:
+            self.refuse("forward changes the default dtype")
         if overload is _ATEN.lift_fresh.default and not self._is_known(args[0]):
             return self._lift(args[0])
         given = (
@@ -187,10 +202,12 @@ class _Recording:
         return self._constant(tensor)
 
     def _constant(self, tensor: Tensor) -> fx.Node:
-        if self._names is None:
-            self._names = _kept_tensors(self._module)
-        name = self._names.get(id(tensor))
-        if name is None:
+        if self._places is None:
+            self._places = _kept_tensors(self._module)
+        if (place := self._places.get(id(tensor))) is not None:
+            name = _snake(f"{place.path}.{place.name}" if place.path else place.name)
+            self._read.append((place, tensor))
+        else:
             name, self._lifted = f"lifted_tensor_{self._lifted}", self._lifted + 1
         value = run(_ATEN.clone.default, (run(_ATEN.detach.default, (tensor,), {}),), {})
         return self._source(f"c_{name}", tensor, Source("constant", "", value, tensor))
@@ -203,6 +220,12 @@ class _Recording:
         """
         if self.refused is not None:
             raise self.refused
+        for place, tensor in self._read:
+            if vars(place.part).get(place.name) is not tensor:
+                raise CaptureError(
+                    f"forward reads the tensor in attribute `{place.name}` of {_named(place.path)} "
+                    "and puts another one there; register it as a buffer"
+                )
         found = [
             self._tensor(value) if isinstance(value, Tensor) and self._is_known(value) else None
             for value in (loss, prediction)
@@ -236,6 +259,10 @@ def _place(tensor: Tensor) -> object:
     return (*where, tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()))
 
 
+def _named(path: str) -> str:
+    return f"part {path!r}" if path else "the module"
+
+
 def _snake(path: str) -> str:
     return path.replace(".", "_")
 
@@ -244,10 +271,19 @@ def _autocast_setting() -> tuple[str, Any, bool]:
     return "cpu", torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
 
 
-def _kept_tensors(module: nn.Module) -> dict[int, str]:
-    """Names of tensors that parts keep which are neither parameters nor buffers."""
+@dataclass(frozen=True, slots=True)
+class _Attribute:
+    """An attribute of a part of a module."""
+
+    path: str  # the part's
+    part: nn.Module
+    name: str
+
+
+def _kept_tensors(module: nn.Module) -> dict[int, _Attribute]:
+    """Where tensors are that parts keep which are neither parameters nor buffers."""
     return {
-        id(value): _snake(f"{path}.{name}" if path else name)
+        id(value): _Attribute(path, part, name)
         for path, part in module.named_modules()
         for name, value in vars(part).items()
         if isinstance(value, Tensor)
@@ -271,9 +307,10 @@ def _users_line() -> tuple[str, int] | None:
     return None
 
 
-#: Methods that give Python, or somebody else, what a tensor holds, and are no operators.
+#: Methods that give Python, or somebody else, what a tensor holds, and are no operators; and hooks,
+#: which no operator shows.
 _READS = ("numpy", "tolist", "__array__", "__dlpack__", "__repr__", "data_ptr", "storage",
-          "untyped_storage")  # fmt: skip
+          "untyped_storage", "register_hook")  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -286,7 +323,8 @@ def _unread(recorder: _Recording) -> Iterator[None]:
     def refusing(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         def method(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() == owner and not recorder.calling:
-                recorder.refuse(f"forward reads a tensor's values ({name})")
+                what = "hangs on hooks" if "hook" in name else "reads a tensor's values"
+                recorder.refuse(f"forward {what} ({name})")
             return plain(tensor, *args, **kwargs)
 
         return method

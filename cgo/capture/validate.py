@@ -1,15 +1,14 @@
 """Every capture is compared with the eager module before it is trusted.
 
 Both are run from one state, several times in a row where a module was exported and once where it
-was recorded, each time over another order of the batch, and before a run all parameters and buffers
-are moved to where nothing coincides that only began equal: a copy of a weight, an average, a gate
-of zero. What Python keeps between calls must not change.
+was recorded, each time over other samples in another order, and before a run all parameters and
+buffers are moved to where nothing coincides that only began equal: a copy of a weight, an average,
+a gate of zero. What Python keeps between calls must not change.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from cgo.capture.compare import GRADIENT, SPREAD, TOLERANCES, Found, beyond, gaps, refuse
 from cgo.capture.convert import Program
-from cgo.capture.disturb import AMOUNTS, copy_tensors, disturb, restored, tensors_of
+from cgo.capture.disturb import AMOUNTS, disturb, restored, tensors_of
 from cgo.capture.kept import Kept
 from cgo.capture.python_state import Watched, moved
 from cgo.errors import CaptureError
@@ -56,6 +55,7 @@ def validate(
     module: nn.Module,
     training: TrainingSpec,
     leaves: Leaves,
+    other: Leaves | None = None,
     *,
     seeds: Sequence[int] = (0, 1),
     proven: bool = False,
@@ -72,6 +72,8 @@ def validate(
         module: What it was captured from, or one that is built alike; afterwards it is as it was.
         training: How it is trained.
         leaves: A batch.
+        other: One of the same shape that has other samples, for all states but the first of
+            several: what was read off a batch as a whole, as its mean, no order of it shows.
         seeds: One, at a disturbed state, tells whether a module is built alike; what is baked into
             a program, such as random numbers, takes two to show, or a recording and one.
         proven: Refuse a module that does not run at any disturbed state.
@@ -82,13 +84,16 @@ def validate(
         CaptureError: they do not agree; says what differs.
     """
     kept = called or Kept(module)
+    if called:
+        kept.put_values_back()
     with contextlib.nullcontext() if called else kept.afterwards():
         sides = _Sides(program, name, module, training, kept)
         watched = Watched(module, (loss_function(training.loss),))
         before = watched.snapshot()
         for number, seed in enumerate(seeds):
-            rolled = {key: leaf.roll(seed, 0) for key, leaf in leaves.items()}
             disturbed = number > 0 or len(seeds) == 1
+            given = other if disturbed and other is not None else leaves
+            rolled = {key: leaf.roll(seed, 0) for key, leaf in given.items()}
             try:
                 sides.compare(seed, rolled, disturbed=disturbed, proven=proven)
             except CaptureError:
@@ -171,14 +176,24 @@ class _Sides:
             raise
         allowed = dict.fromkeys(apart, TOLERANCES[self._training.precision])
         if beyond(apart, allowed) is not None:
-            other = _moved_by_an_ulp(self._module, self._kept)
-            again = [step(other) for step in self._done]
-            spread = gaps(expected, again[-1], self._name)
+            spread = self._spread(expected, moved=True)
+            if (what := beyond(self._spread(expected, moved=False), allowed)) is not None:
+                raise CaptureError(
+                    f"{what} in {self._name} is another one when the module is called again"
+                )
             allowed = {what: max(allowed[what], SPREAD * spread[what]) for what in apart}
         what = beyond(apart, allowed)
         if what is not None:
             self._refuse_custom(expected, f"captured and eager differ in {self._name}, {what}")
         refuse(apart, allowed, self._name)
+
+    def _spread(self, expected: Found, *, moved: bool) -> dict[str, float]:
+        """How far the same calls are from themselves, at parameters that moved by an ulp or not."""
+        self._kept.put_back()
+        if moved:
+            _move_by_an_ulp(self._module)
+        again = [step(self._module) for step in self._done]
+        return gaps(expected, again[-1], self._name)
 
     @staticmethod
     def _refuse_custom(expected: Found, what: str) -> None:
@@ -219,17 +234,14 @@ def _copies(module: nn.Module) -> dict[str, Tensor]:
     return {path: found[id(tensor)] for path, tensor in tensors_of(module).items()}
 
 
-def _moved_by_an_ulp(module: nn.Module, kept: Kept) -> nn.Module:
-    """A copy as it was kept, whose parameters have each moved to a neighbouring number."""
-    moved = copy.deepcopy(module)
-    copy_tensors(kept.values(), tensors_of(moved))
+def _move_by_an_ulp(module: nn.Module) -> None:
+    """Let each parameter become a neighbouring number."""
     coins = torch.Generator().manual_seed(_UNSEEN)
     with torch.no_grad():
-        for parameter in moved.parameters():
+        for parameter in module.parameters():
             if parameter.is_floating_point():
                 signs = torch.randint(0, 2, parameter.shape, generator=coins) * 2 - 1
                 parameter.mul_(1 + torch.finfo(parameter.dtype).eps * signs.double())
-    return moved
 
 
 def _eager(

@@ -1,5 +1,7 @@
 """Each trap of capture: captured and equal to the plain loop, or an opaque lane that is equal."""
 
+import re
+
 import pytest
 from support.merged import Case, Merged, assert_equal_float64
 
@@ -28,11 +30,11 @@ CAPTURED = (
     "autocast",
 )
 OPAQUE = {
-    "straight_through": "the backward of a custom autograd.Function (Sign)",
-    "python_random": "the loss by",
-    "numpy_random": "the loss by",
+    "straight_through": r"the backward of a custom autograd.Function \(Sign\)",
+    "python_random": r"the loss by|draws random numbers of Python's",
+    "numpy_random": r"the loss by|draws random numbers of Python's",
     "python_counter": "attribute `calls` of the module",
-    "control_flow": "looks at a value that depends on data (aten.",
+    "control_flow": r"looks at a value that depends on data \(aten.",
     "multinomial": "draws random numbers",
     "unread_dropout": "the loss by",  # export drops it, and the next mask is another
 }
@@ -68,7 +70,7 @@ def test_opaque_with_its_reason_and_equal(kind, tmp_path):
     given = cases(kind)
     merged = Merged(given, tmp_path)
     assert set(merged.plan.report.opaque) == {"trap"}
-    assert OPAQUE[kind] in merged.plan.report.opaque["trap"]
+    assert re.search(OPAQUE[kind], merged.plan.report.opaque["trap"])
     for case in given:
         assert_equal_float64(merged, case)
 
