@@ -352,3 +352,9 @@ def test_lazy_instances_are_called_first_by_who_submits_them(capturer):
 def test_a_lazy_factory_that_fails_at_its_first_call_says_so(capturer):
     with pytest.raises(ModelError, match=r"'m': a batch \(input \[16, 6\].*raised RuntimeError"):
         capture(capturer, "torch.nn:LazyConv2d", {"out_channels": 2, "kernel_size": 3})
+
+
+def test_a_module_of_which_there_is_no_copy_is_an_opaque_lane(capturer):
+    captured = capture(capturer, "support.small:uncopied")
+    assert captured.graph is None
+    assert "there is but one of me" in captured.entry.opaque

@@ -205,3 +205,28 @@ def test_nothing_of_the_process_or_the_users_module_changes(inner, examples):
     assert world() == before
     assert all(torch.equal(value, its[path]) for path, value in net.state_dict().items())
     assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_captures_in_two_threads_leave_torch_as_it_was(examples):
+    """Each puts methods of its own into torch for a while: one after the other."""
+    before = {name: id(value) for name, value in vars(Tensor).items()}
+    inside = threading.Barrier(2, timeout=0.5)
+
+    def meeting(net, x, h):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            inside.wait()
+        return h
+
+    captured = []
+
+    def capture():
+        captured.append(recorded(Net(meeting), examples))
+
+    threads = [threading.Thread(target=capture, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(captured) == 2
+    assert inside.broken  # they never met
+    assert {name: id(value) for name, value in vars(Tensor).items()} == before

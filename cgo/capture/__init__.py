@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -140,6 +141,10 @@ Way = Literal["recording", "export"]
 WAYS: tuple[Way, ...] = ("recording", "export")
 
 
+#: A capture moves the process's random streams, and puts its own methods into torch, for a while.
+_ALONE = threading.RLock()
+
+
 class Capturer:
     """Captures models; equal structures over equal shapes are captured once.
 
@@ -159,10 +164,11 @@ class Capturer:
         Raises:
             ModelError: the model cannot be built or run at all, even eagerly.
         """
-        module, random = self._module(model)
-        refuse_ignored_training(model.model_id, module)
-        with _watched(module, model.training).preserved():
-            return self._captured(model, module, random, examples)
+        with _ALONE:
+            module, random = self._module(model)
+            refuse_ignored_training(model.model_id, module)
+            with _watched(module, model.training).preserved():
+                return self._captured(model, module, random, examples)
 
     def plain(self, model: Model, examples: Examples, reason: str) -> Captured:
         """A factory's model as it is, to be trained by its own module.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from cgo.capture.export import at_line, source_of
 from cgo.capture.first_call import lazy, materialise, registered
+from cgo.capture.kept import Kept
 from cgo.errors import ModelError
 from cgo.model import Model, TrainingSpec
 from cgo.runtime.data import Leaves, preserved_random_state
@@ -67,10 +67,10 @@ def registered_buffers(
 
 def run_eagerly(model: Model, module: nn.Module, name: str, leaves: Leaves) -> None:
     """Find out whether the model runs at all; what fails here fails training alone as well."""
-    probe = copy.deepcopy(module)
-    step = Step(probe, model.training, tuple(leaves))
+    step, kept = Step(module, model.training, tuple(leaves)), Kept(module)
+    context = autocast(model.training, "cpu")
     try:
-        with contained, preserved_random_state(), autocast(model.training, "cpu"):
+        with contained, kept.afterwards(), preserved_random_state(), context:
             torch.manual_seed(model.seed)
             if name.startswith("validation"):
                 with torch.no_grad(), eval_mode(step):

@@ -230,6 +230,40 @@ def hidden_scale():
     return net
 
 
+class Tempered(nn.Module):
+    """Evaluation reads what the seed drew, and nothing else does."""
+
+    def __init__(self, temperature):
+        super().__init__()
+        self.body, self.temperature = nn.Linear(6, 3), temperature
+
+    def forward(self, x):
+        return self.body(x) if self.training else self.body(x) * self.temperature
+
+
+def tempered(kind):
+    drawn = torch.rand(3)
+    return Tempered({"number": float(drawn[0]), "tensor": drawn}[kind])
+
+
+class Uncopied(nn.Module):
+    """No copy can be made of it, and its forward looks at values."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(6, 3)
+
+    def __deepcopy__(self, memo):
+        raise TypeError("there is but one of me")
+
+    def forward(self, x):
+        return self.body(x) if x.sum() > 0 else -self.body(x)
+
+
+def uncopied():
+    return Uncopied()
+
+
 def unseeded():
     """Builds another shape each time it is called, whatever the seed."""
     import os
