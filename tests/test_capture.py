@@ -354,6 +354,17 @@ def test_a_lazy_factory_that_fails_at_its_first_call_says_so(capturer):
         capture(capturer, "torch.nn:LazyConv2d", {"out_channels": 2, "kernel_size": 3})
 
 
+@pytest.mark.parametrize("kind", ["number", "tensor"])
+def test_what_the_seed_drew_for_evaluation_alone_is_each_models_own(capturer, kind):
+    tempered = [
+        capture(capturer, "support.small:tempered", {"kind": kind}, seed=seed) for seed in (1, 1, 2)
+    ]
+    first, again, other = (text(captured, "validation/12") for captured in tempered)
+    assert first == again
+    assert first != other
+    assert len({text(captured) for captured in tempered}) == 1  # they train alike
+
+
 def test_a_module_of_which_there_is_no_copy_is_an_opaque_lane(capturer):
     captured = capture(capturer, "support.small:uncopied")
     assert captured.graph is None

@@ -160,6 +160,42 @@ def test_what_is_not_the_same_twice_is_refused(examples):
     assert "is another one when the module is called again" in why
 
 
+# --- what was known of one model is not believed of the next --------------------------------------
+
+
+class Evaluated(Net):
+    """Does something of its own in evaluation alone."""
+
+    def __init__(self, number):
+        super().__init__(lambda net, x, h: h)
+        self.number = number
+
+    def forward(self, x):
+        if self.training:
+            return super().forward(x)
+        return super().forward(x) * torch.tensor([self.number()])
+
+
+def numbers():
+    """Functions of one name: of the same number, of Python's stream, of calls."""
+    count = iter(range(1000))
+    return [lambda: 0.5, lambda: random.random(), lambda: float(next(count))]
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_a_kind_says_nothing_of_what_python_moves(which, examples):
+    capturer = Capturer(["recording"])
+    assert recorded(Evaluated(numbers()[0]), examples, capturer).graph is not None
+    assert refused(Evaluated(numbers()[which]), examples, capturer)
+
+
+def test_one_models_failure_is_not_the_nexts(examples):
+    capturer = Capturer(["recording"])
+    assert refused(Net(caught), examples, capturer)
+    fits = Net(lambda net, x, h: h + h[torch.arange(3), torch.arange(3)].sum())
+    assert recorded(fits, examples, capturer).graph is not None
+
+
 # --- what is recorded -----------------------------------------------------------------------------
 
 

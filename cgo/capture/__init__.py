@@ -6,6 +6,7 @@ import copy
 import functools
 import logging
 import threading
+import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -506,9 +507,23 @@ def _structure(model: Model, module: nn.Module, examples: Examples) -> str:
         what = [model.module, model.kwargs]
     training = as_json(model.training)
     modes = [part.training for part in module.modules()]
-    return digest_of(
-        [what, _printed(module), tensors, modes, shapes, training["loss"], training["precision"]]
-    )
+    # What evaluation alone reads, or runs, would not show where the training program is tried.
+    kept = [repr(place) for place in _watched(module, model.training).snapshot().items()]
+    kept += [
+        _content(value)
+        for part in module.modules()
+        for value in vars(part).values()
+        if isinstance(value, (Tensor, types.FunctionType))
+    ]
+    spec = [training["loss"], training["precision"]]
+    return digest_of([what, _printed(module), tensors, modes, kept, shapes, *spec])
+
+
+def _content(value: Tensor | types.FunctionType) -> str:
+    if isinstance(value, Tensor):
+        return tensor_hash(value) if value.layout is torch.strided else ""
+    code = value.__code__
+    return repr((code.co_code, code.co_consts, code.co_names))
 
 
 def _watched(module: nn.Module, training: TrainingSpec) -> Watched:
