@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import gc
 import json
 import os
 import queue
@@ -40,7 +41,9 @@ def serve(requests_fd: int, events_fd: int, max_growth_bytes: int | None = None)
     from cgo.runtime.warm_up import warm_up
 
     random = RandomStates()
+    gc.disable()  # imports make hundreds of thousands of objects, and no garbage to speak of
     warm_up()
+    gc.enable()
     for descriptor in (requests_fd, events_fd):
         os.set_inheritable(descriptor, False)  # no process of a trial's is to hold them
     most = MAX_GROWTH_BYTES if max_growth_bytes is None else max_growth_bytes

@@ -90,9 +90,7 @@ def test_models_are_merged_into_one_trial(finished):
 def test_workers_side_by_side_share_a_search(tmp_path):
     models = [model(f"m{n}", kwargs={"hidden": 4 + n % 2}, seed=n) for n in range(8)]
     models.append(model("misfit", kwargs={"features": 7}))
-    with cgo.CGOEngine(
-        tmp_path, platform=LocalPlatform(workers=2), merge_always=True
-    ) as engine:
+    with cgo.CGOEngine(tmp_path, platform=LocalPlatform(workers=2), merge_always=True) as engine:
         engine.submit_models(*models)
         engine.wait_models(timeout_s=WAIT_S)
         reports = engine.reports

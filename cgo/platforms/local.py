@@ -20,12 +20,11 @@ from cgo.commands import Command
 from cgo.errors import TrialError
 from cgo.events import Event, events_in, is_finish
 from cgo.interface import WorkerInfo
-from cgo.machine import Device, devices
-from cgo.paths import open_plain
+from cgo.machine import Device, devices, python_command
 from cgo.platforms.base import TrialExit, TrialId, TrialRequest
+from cgo.platforms.logs import LAST_LINES, how_ended, last_lines
 from cgo.platforms.protocol import Request, Said, Spoken
-from cgo.platforms.workers import Worker, python, start_alone, start_serving
-from cgo.text import printable
+from cgo.platforms.workers import Worker, start_alone, start_serving
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +58,6 @@ _LATE = frozenset(
 
 #: Seconds between SIGTERM and SIGKILL.
 GRACE_S = 5.0
-
-#: Lines of a trial's log in its error, and characters of a line.
-LAST_LINES, _WIDEST = 30, 300
-
-#: Of a log, what is looked at for its last lines.
-_TAIL_BYTES = 2**16
 
 
 @dataclass(eq=False)
@@ -124,7 +117,7 @@ class LocalPlatform:
         if workers < 1:
             raise ValueError(f"workers: expected at least 1, got {workers}")
         self._env = dict(env or {})
-        self._command = python(module)
+        self._command = python_command(module)
         self._warm, self._max_growth_bytes = warm, max_growth_bytes
         self._slots = [_Slot(number) for number in range(workers)]
         self._running: dict[TrialId, _Running] = {}
@@ -460,33 +453,6 @@ def _obituary(running: _Running, code: int) -> str:
     text = f"trial {running.request.trial_id} ended with {how}; its log is {path}"
     last = last_lines(path, LAST_LINES, running.logged)
     return f"{text}; last lines:\n{last}" if last else text
-
-
-def how_ended(code: int) -> str:
-    """An exit code in words; negative, it is the number of the signal that killed the process."""
-    if code < 0:
-        known = {number.value: number.name for number in signal.Signals}
-        return f"signal {known.get(-code, -code)}"
-    return f"exit code {code}" if code else "exit code 0, before its models had ended"
-
-
-def last_lines(path: Path, count: int, start: int = 0) -> str:
-    """The end of a log, in lines of bounded length, fit for a terminal; nothing where it is none.
-
-    Args:
-        path: The log.
-        count: The most lines.
-        start: The byte from which it counts.
-    """
-    try:
-        with open_plain(path) as stream:  # of a log of any size
-            stream.seek(max(start, stream.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            text = stream.read(_TAIL_BYTES).decode(errors="replace")
-    except OSError:
-        return ""
-    lines = text.splitlines()[-count:]
-    cut = [f"{line[:_WIDEST]} ..." if len(line) > _WIDEST else line for line in lines]
-    return printable("\n".join(cut))
 
 
 def follow_parent(fd: int) -> None:

@@ -36,15 +36,8 @@ from cgo.interface import WorkerInfo
 from cgo.nni.trial import CANCELLED, events_of, is_metric, order_of
 from cgo.platforms import guard
 from cgo.platforms.base import TrialExit, TrialId, TrialRequest
-from cgo.platforms.local import (
-    GRACE_S,
-    IMPORT_ROOTS,
-    LAST_LINES,
-    MALLOC,
-    THREADS,
-    how_ended,
-    last_lines,
-)
+from cgo.platforms.local import GRACE_S, IMPORT_ROOTS, MALLOC, THREADS
+from cgo.platforms.logs import LAST_LINES, how_ended, last_lines
 from cgo.platforms.nni_fence import fenced
 
 log = logging.getLogger(__name__)

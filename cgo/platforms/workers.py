@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -18,12 +17,6 @@ import psutil
 
 from cgo.commands import Command, encode
 from cgo.platforms.protocol import Order, Request
-
-#: Without -P (new in Python 3.11), Python puts the current directory on the module path.
-_UNSAFE_PATH = (
-    "import runpy, sys; sys.path[:] = [p for p in sys.path if p]; "
-    "runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
-)
 
 
 @dataclass(eq=False)
@@ -138,13 +131,6 @@ def _start(
     if not serving:
         return Worker(process, environment, events, parent, commands=asked)
     return Worker(process, environment, events, parent, asked, output=output)
-
-
-def python(module: str) -> list[str]:
-    """The command that runs a module, and never finds one in the current directory."""
-    if sys.version_info >= (3, 11):
-        return [sys.executable, "-P", "-m", module]
-    return [sys.executable, "-c", _UNSAFE_PATH.format(module=module)]
 
 
 def _await_end(pid: int) -> None:
