@@ -214,7 +214,8 @@ def test_a_platform_that_cannot_tell_lets_models_wait(tmp_path):
     assert second.status is ModelStatus.TRAINED
 
 
-@pytest.mark.parametrize("way", [pytest.param("exit 0", marks=pytest.mark.long), "kill"])
+@pytest.mark.long
+@pytest.mark.parametrize("way", ["exit 0", "kill"])
 def test_a_trial_that_crashes_goes_on_with_those_that_joined(way, tmp_path):
     """The one that joins ends the process, each time it is trained for a while."""
     first, good = model("first", epochs=50), model("good", seed=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import types
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -113,11 +114,12 @@ def _same(container: Any, content: Any) -> bool:
     if len(container) != len(content):
         return False
     if isinstance(container, dict):  # whose order counts as well
-        pairs = zip(container.items(), content.items())
-        return all(mine == its and value is kept for (mine, value), (its, kept) in pairs)
+        if not all(map(operator.is_, container.values(), content.values())):
+            return False
+        return list(container) == list(content)
     if isinstance(container, set):
         return bool(container == content)
-    return all(mine is its for mine, its in zip(container, content))
+    return all(map(operator.is_, container, content))
 
 
 def _refill(container: Any, content: Any) -> None:

@@ -87,9 +87,9 @@ def validate(
     if called:
         kept.put_values_back()
     with contextlib.nullcontext() if called else kept.afterwards():
-        sides = _Sides(program, name, module, training, kept)
         watched = Watched(module, (loss_function(training.loss),))
-        before = watched.snapshot()
+        sides = _Sides(program, name, module, training, kept, watched)
+        before = sides.moved
         for number, seed in enumerate(seeds):
             disturbed = number > 0 or len(seeds) == 1
             given = other if disturbed and other is not None else leaves
@@ -97,12 +97,14 @@ def validate(
             try:
                 sides.compare(seed, rolled, disturbed=disturbed, proven=proven)
             except CaptureError:
+                after = sides.moved
                 if number == 0 and called is None:
                     before = watched.snapshot()
                     sides.call_again()
-                _refuse_moved(before, watched.snapshot(), name)  # the better reason
+                    after = watched.snapshot()
+                _refuse_moved(before, after, name)  # the better reason
                 raise
-            after = watched.snapshot()
+            after = sides.moved
             if number or called is not None:  # what a first call sets up is not there before it
                 _refuse_moved(before, after, name)
             before = after
@@ -119,12 +121,19 @@ class _Sides:
     """A module, and what was captured of it, each time from one state."""
 
     def __init__(
-        self, program: Program, name: str, module: nn.Module, training: TrainingSpec, kept: Kept
+        self,
+        program: Program,
+        name: str,
+        module: nn.Module,
+        training: TrainingSpec,
+        kept: Kept,
+        watched: Watched,
     ) -> None:
+        self._watched, self.moved = watched, watched.snapshot()  # after the last eager run
         self._name, self._training, self._module, self._kept = name, training, module, kept
         lowered = lower(program_graph(program, name), name, _CPU, images_last=False)
         self._captured = partial(_captured, lowered, program, name, training)
-        self._done: list[Callable[[nn.Module], Found]] = []  # to be done again by another module
+        self._done: list[Callable[[nn.Module], Found]] = []  # to be done again
 
     def compare(self, seed: int, leaves: Leaves, *, disturbed: bool, proven: bool) -> None:
         """Run both once.
@@ -144,6 +153,7 @@ class _Sides:
                 reason = str(error)
         else:
             raise CaptureError(f"{self._name} does not run at other values of weights: {reason}")
+        self.moved = self._watched.snapshot()
         self._judge(expected, self._captured(self._begun, leaves, seed))
 
     def call_again(self) -> None:
