@@ -364,17 +364,20 @@ def _record_all(
                 kinds.learn(traced, module, training, split)
         return made, shape
 
-    proof = _proof(program, examples)
+    proof: list[str] | None = None
+    if (first := _proof(program, examples)) is not None:
+        name, found[name], proof = first
     for name, leaves in examples.batches.items():
-        found[name], shape = program(name, leaves, examples.others[name], proof)
-        proof = proof or shape
-    return found
+        if name not in found:
+            found[name], shape = program(name, leaves, examples.others[name], proof)
+            proof = proof or shape
+    return {name: found[name] for name in examples.batches}
 
 
 def _proof(
     program: Callable[[str, Leaves, Leaves, None], tuple[Program, list[str]]], examples: Examples
-) -> list[str] | None:
-    """The skeleton of training on a few samples, if that is what the module computes.
+) -> tuple[str, Program, list[str]] | None:
+    """Training on a few samples, and its skeleton, if that is what the module computes.
 
     Whatever differs from it in nothing but sizes need not be compared, which would take longer.
 
@@ -389,7 +392,7 @@ def _proof(
         given = _first(given[0]), _first(given[1])
     try:
         with contained:
-            return program(name, *given, None)[1]
+            return name, *program(name, *given, None)
     except CaptureError:  # once more, and what Python kept of this call would pass for a constant
         raise
     except Exception as error:  # a module for batches of its own size
