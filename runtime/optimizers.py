@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -137,9 +137,31 @@ def moments_of(training: TrainingSpec) -> float:
     return _moments(training.optimizer, json.dumps(training.optimizer_kwargs, sort_keys=True))
 
 
+#: Tensors of a parameter's size that torch's usual optimizers keep, by settings; to try one takes
+#: a step, for which torch imports its compiler.
+_MOMENTS: dict[str, Callable[[Mapping[str, Any]], float]] = {
+    "SGD": lambda given: 1.0 if given.get("momentum") else 0.0,
+    "Adam": lambda given: 3.0 if given.get("amsgrad") else 2.0,
+    "AdamW": lambda given: 3.0 if given.get("amsgrad") else 2.0,
+    "RMSprop": lambda given: 1.0 + bool(given.get("momentum")) + bool(given.get("centered")),
+    "Adagrad": lambda given: 1.0,
+}
+
+
 @cache
 def _moments(optimizer: str, kwargs: str) -> float:
-    """Seen of a true optimizer of a small parameter; of one that refuses it, what Adam keeps."""
+    if (known := _MOMENTS.get(optimizer)) is not None:
+        return known(json.loads(kwargs))
+    return moments_seen(optimizer, kwargs)
+
+
+def moments_seen(optimizer: str, kwargs: str) -> float:
+    """Of a true optimizer of a small parameter; of one that refuses it, what Adam keeps.
+
+    Args:
+        optimizer: Its name.
+        kwargs: Its arguments, as JSON.
+    """
     parameter = torch.nn.Parameter(torch.zeros(16, 16))
     parameter.grad = torch.zeros_like(parameter)
     try:

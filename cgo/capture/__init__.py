@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import logging
 import threading
+import time
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -146,6 +148,10 @@ WAYS: tuple[Way, ...] = ("recording", "export")
 _ALONE = threading.RLock()
 
 
+#: Seconds of a capture from which on it is worth several threads.
+_LONG_S = 3.0
+
+
 class Capturer:
     """Captures models; equal structures over equal shapes are captured once.
 
@@ -158,6 +164,7 @@ class Capturer:
         self._ways = tuple(WAYS if ways is None else ways)
         self._templates: dict[str, _Template] = {}
         self._kinds = Kinds()
+        self._long = False  # a capture took long
 
     def capture(self, model: Model, examples: Examples) -> Captured:
         """Capture one model.
@@ -165,11 +172,27 @@ class Capturer:
         Raises:
             ModelError: the model cannot be built or run at all, even eagerly.
         """
-        with _ALONE:
+        with _ALONE, self._few_threads():
             module, random = self._module(model)
             refuse_ignored_training(model.model_id, module)
             with _watched(module, model.training).preserved():
                 return self._captured(model, module, random, examples)
+
+    @contextlib.contextmanager
+    def _few_threads(self) -> Iterator[None]:
+        """One thread, as long as captures are short: others are busy with workers that start.
+
+        Operators of small models gain nothing from several, which wait for each other where
+        processes share the cores.
+        """
+        threads, started = torch.get_num_threads(), time.perf_counter()
+        if not self._long:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            self._long |= time.perf_counter() - started > _LONG_S
 
     def plain(self, model: Model, examples: Examples, reason: str) -> Captured:
         """A factory's model as it is, to be trained by its own module.
@@ -193,6 +216,10 @@ class Capturer:
         Raises:
             Exception: whatever the model raises.
         """
+        with _ALONE, self._few_threads():
+            return self._sampled(model, examples)
+
+    def _sampled(self, model: Model, examples: Examples) -> Sample:
         module, _ = self._module(model)
         layers = sum(not any(part.children()) for part in module.modules())
         with contained:

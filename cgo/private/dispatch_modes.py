@@ -1,10 +1,7 @@
 """Modes that see every operator call, and which of them is in force."""
 
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    _disable_current_modes,
-    _get_current_dispatch_mode,
-)
+from torch.utils._python_dispatch import TorchDispatchMode as _TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
 __all__ = ["TorchDispatchMode", "current_mode", "without_modes"]
 
@@ -19,3 +16,11 @@ current_mode = _get_current_dispatch_mode
 
 #: A context in which no mode sees anything.
 without_modes = _disable_current_modes
+
+
+class TorchDispatchMode(_TorchDispatchMode):
+    """Torch's, which imports no compiler to be told that it is not compiled."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
