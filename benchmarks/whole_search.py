@@ -177,7 +177,7 @@ def mixed(count: int, epochs: int, seed: int) -> list[Model]:
         like = every[number * 7 % len(every)]
         found.append(
             Model(like.module, like.kwargs, data=like.data, training=like.training,
-                  seed=1000 * seed + number)
+                  seed=100_000 * count + 1000 * seed + number)  # equal ones are trained once
         )  # fmt: skip
     return found
 

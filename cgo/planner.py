@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 _FUSE_ALL = BatchOperators()
 
 #: Seconds for which models are tried before it is decided whether to merge.
-_SAMPLING_S = 0.01
+_SAMPLING_S = 0.015
 
 
 @dataclass(frozen=True)
@@ -157,23 +157,28 @@ class Planner:
         return known[0].share(len(known)) if known else None
 
     def estimated(self, models: Sequence[Model], device: str) -> Estimate | None:
-        """Both sides, from steps of a few models, tried for no longer than `_SAMPLING_S`.
+        """Both sides, from a step of one model of each factory, tried for about `_SAMPLING_S`.
 
         None where not one of them could be tried.
         """
         self._refused = {}
-        samples: list[Sample] = []
+        groups: dict[str, list[Model]] = {}
+        for model in models:
+            groups.setdefault(str(model.module), []).append(model)
+        samples: list[Sample] = []  # one for each model of a factory that was tried
         batches: list[tuple[int, int]] = []
         started = time.perf_counter()
-        for place in dict.fromkeys(len(models) * share // 4 for share in (2, 0, 3, 1)):
+        for group in sorted(groups.values(), key=len, reverse=True):
+            middle = group[len(group) // 2]
             try:
                 with contained:
-                    examples = self._examples_of(models[place].data)
-                    samples.append(self._capturer.sample(models[place], examples))
+                    examples = self._examples_of(middle.data)
+                    found = self._capturer.sample(middle, examples)
             except Exception as error:  # its capture will say so
-                log.debug("%r is no sample: %s", models[place].model_id, told(error))
+                log.debug("%r is no sample: %s", middle.model_id, told(error))
                 continue
-            batches.append(examples.epoch)
+            samples += [found] * len(group)
+            batches += [examples.epoch] * len(group)
             if time.perf_counter() - started > _SAMPLING_S:
                 break
         if not samples:

@@ -486,7 +486,9 @@ class Scheduler:
         models = [model for model in fresh if model.model_id in trained]
         roots = self._import_roots(fresh)
         vouched = file_sha256(Path(folder) / "graph.json")
-        request = TrialRequest(trial_id, Path(folder), roots, self._allowed_modules, vouched)
+        eager = any(entry.opaque is not None for entry in plan.graph_data.models)
+        rest = self._allowed_modules, vouched, eager
+        request = TrialRequest(trial_id, Path(folder), roots, *rest)
         for alias, twin in plan.graph_data.aliases.items():
             self._demultiplexer.alias(alias, twin)
         ids, report = [model.model_id for model in fresh], plan.report.as_json()

@@ -38,7 +38,7 @@ def serve(requests_fd: int, events_fd: int, max_growth_bytes: int | None = None)
     """Run trials until no more are asked for; returns the exit code."""
     from cgo.runtime.pristine import MAX_GROWTH_BYTES, Pristine
     from cgo.runtime.torch_settings import RandomStates
-    from cgo.runtime.warm_up import warm_up
+    from cgo.runtime.warm_up import warm_up, warm_up_eager
 
     random = RandomStates()
     gc.disable()  # imports make hundreds of thousands of objects, and no garbage to speak of
@@ -59,7 +59,16 @@ def serve(requests_fd: int, events_fd: int, max_growth_bytes: int | None = None)
 
         ends.callback(pristine.end)
         say("ready")
-        while (request := asked.next()) is not None:
+        eager = False
+        while True:
+            request = asked.next(None if eager else _IDLE_S)
+            if request is None:
+                break
+            if not eager and request.get("eager", True):  # or nobody has asked for a while
+                warm_up_eager()
+                pristine, eager = Pristine(random, most), True
+            if not request:
+                continue
             say("took")
             if reason := _served(request, asked.commands, events, pristine.restore):
                 say("retired", reason)
@@ -67,6 +76,10 @@ def serve(requests_fd: int, events_fd: int, max_growth_bytes: int | None = None)
             asked.ended(request["document"])
             say("ready")
     return 0
+
+
+#: Seconds without a request after which what only some trials need is imported, too.
+_IDLE_S = 1.0
 
 
 class _Asked:
@@ -93,10 +106,13 @@ class _Asked:
                 commands.hear(found["command"])
         self._waiting.put(None)
 
-    def next(self) -> Mapping[str, Any] | None:
-        """The next request; None when no more will come."""
-        request = self._waiting.get()
-        if request is not None:
+    def next(self, timeout_s: float | None) -> Mapping[str, Any] | None:
+        """The next request; None when no more will come, nothing where none has come in time."""
+        try:
+            request = self._waiting.get(timeout=timeout_s)
+        except queue.Empty:
+            return {}
+        if request:
             self.commands = self._commands[request["document"]]
         return request
 

@@ -21,6 +21,10 @@ from types import ModuleType
 
 _MARK = "__cgo_mark__"
 
+#: Modules that libraries make when they are imported: of no file, or of one in a temporary folder.
+#: Torch's compiler, which any of its optimizers imports at its first step, brings in both.
+_MADE = frozenset({"cython_runtime", "_remote_module_non_scriptable"})
+
 
 class _Mark:
     """Is there as long as the globals that it stands in."""
@@ -68,6 +72,8 @@ class UserModules:
 
     def _is_users(self, name: str, module: ModuleType) -> bool:
         top = name.partition(".")[0]
+        if top in _MADE:
+            return False
         if top in self._own or top.startswith(_SHARED):
             return False
         file = getattr(module, "__file__", None)

@@ -36,6 +36,19 @@ def warm_up() -> None:
         _step(torch.device("cuda", index))
 
 
+def warm_up_eager() -> None:
+    """Take a step of one of torch's optimizers: they import torch's compiler, in most of a second.
+
+    Importing it patches torch in many places, so that a trial had better not be the first.
+    """
+    parameter = torch.zeros(2, requires_grad=True)
+    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2)
+    parameter.grad = torch.zeros(2)
+    optimizer.step()
+    scheduler.step()
+
+
 def _make_optimizers() -> None:
     """One of each class: the first of a class changes it."""
     classes: list[Any] = [cls for cls in vars(torch.optim).values() if inspect.isclass(cls)]

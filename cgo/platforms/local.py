@@ -388,7 +388,7 @@ def _asked(running: _Running, environment: Mapping[str, str | None]) -> Request:
         folder = None
     request = running.request
     document, log_file = running.document, str(request.folder / LOG)
-    limits = request.import_roots, request.allowed_modules, request.vouched
+    limits = request.import_roots, request.allowed_modules, request.vouched, request.eager
     return Request(document, log_file, folder, environment, *limits)
 
 

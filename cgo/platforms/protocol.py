@@ -18,7 +18,8 @@ class Request:
 
     `folder` is the current directory, which relative paths lead from; None: it stays as it is.
     `environment` holds variables that are other than when the worker was started; None: not set.
-    `vouched` is the SHA-256 of a document whose operators need not be tried.
+    `vouched` is the SHA-256 of a document whose operators need not be tried. `eager`: see
+    `TrialRequest`.
     """
 
     document: str
@@ -28,6 +29,7 @@ class Request:
     import_roots: tuple[str, ...] = ()
     allowed_modules: tuple[str, ...] | None = None
     vouched: str | None = None
+    eager: bool = False
 
     def line(self) -> str:
         """The request as it is written."""
