@@ -39,6 +39,7 @@ from cgo.report import MergeReport
 from cgo.runtime import checkpoint
 from cgo.runtime.accelerator import FILLED
 from cgo.runtime.member import CANCELLED
+from cgo.runtime.optimizers import FUSED_OPTIMIZERS
 from cgo.store import Store
 from cgo.user_code import contained, told, where
 
@@ -486,7 +487,10 @@ class Scheduler:
         models = [model for model in fresh if model.model_id in trained]
         roots = self._import_roots(fresh)
         vouched = file_sha256(Path(folder) / "graph.json")
-        eager = any(entry.opaque is not None for entry in plan.graph_data.models)
+        eager = any(
+            entry.opaque is not None or entry.training.optimizer not in FUSED_OPTIMIZERS
+            for entry in plan.graph_data.models
+        )
         rest = self._allowed_modules, vouched, eager
         request = TrialRequest(trial_id, Path(folder), roots, *rest)
         for alias, twin in plan.graph_data.aliases.items():

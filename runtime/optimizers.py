@@ -147,6 +147,9 @@ _MOMENTS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "Adagrad": lambda given: 1.0,
 }
 
+#: Those whose steps merged models take by `cgo.runtime.steps`, and not by torch's optimizers.
+FUSED_OPTIMIZERS = frozenset(_MOMENTS)
+
 
 @cache
 def _moments(optimizer: str, kwargs: str) -> float:

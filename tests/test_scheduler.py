@@ -51,7 +51,7 @@ def models(count, culprits=(), **kwargs):
 
 
 def search(folder, given, platform):
-    with cgo.CGOEngine(folder, platform=platform) as engine:
+    with cgo.CGOEngine(folder, platform=platform, merge_always=True) as engine:
         engine.submit_models(*given)
         engine.wait_models(timeout_s=WAIT_S)
     return platform.started
@@ -162,7 +162,7 @@ def test_cancelling_ends_what_waits_to_go_on(tmp_path):
                 first_crash.set()
 
     platform = Cancels()
-    with cgo.CGOEngine(tmp_path, platform=platform) as engine:
+    with cgo.CGOEngine(tmp_path, platform=platform, merge_always=True) as engine:
         engine.submit_models(*given)
         assert first_crash.wait(WAIT_S)
     statuses = {model.status for model in given}

@@ -21,8 +21,8 @@ class TrialRequest:
     `folder` holds `graph.json`; the trial writes `weights/`, `checkpoint.pt` and `log.txt` there.
     Submitting a folder that holds a checkpoint goes on from it. `vouched` is the SHA-256 of a
     document whose operators the engine itself has captured: a trial that it shares a machine with
-    need not try them again. `eager`: models of it train by their own
-    modules and torch's optimizers. `allowed_modules` limits what the
+    need not try them again. `eager`: models of it may take steps of
+    torch's own optimizers. `allowed_modules` limits what the
     trial imports for its document (`cgo.allowed`); it reaches the trial by its environment. None
     adds no limit.
     """
@@ -32,7 +32,7 @@ class TrialRequest:
     import_roots: tuple[str, ...] = ()
     allowed_modules: tuple[str, ...] | None = None
     vouched: str | None = None
-    eager: bool = False
+    eager: bool = True
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class Request:
     import_roots: tuple[str, ...] = ()
     allowed_modules: tuple[str, ...] | None = None
     vouched: str | None = None
-    eager: bool = False
+    eager: bool = True
 
     def line(self) -> str:
         """The request as it is written."""
