@@ -125,12 +125,15 @@ class Planner:
                 helpers.consider((time.perf_counter() - started) / count)
         self._capture_s += time.perf_counter() - started
 
-    def consider(self, models: Sequence[Model], device: str) -> Estimate | None:
+    def consider(
+        self, models: Sequence[Model], device: str, spare_s: float = 0.0
+    ) -> Estimate | None:
         """Leave models uncaptured that are not worth merging; they train as they are.
 
         Args:
             models: Of one trial, or of several side by side.
             device: Where they train: "cpu", or any other for a GPU.
+            spare_s: For how long workers are not ready yet.
 
         Returns:
             What was estimated; None where nothing could be, or where models are given as modules,
@@ -141,7 +144,7 @@ class Planner:
             return None
         if not all(isinstance(model.module, str) for model in new):
             return None
-        found = self.estimated(new, device)
+        found = self.estimated(new, device, spare_s)
         if found is None:
             return None
         self._estimates |= dict.fromkeys((model.model_id for model in new), found)
@@ -156,7 +159,9 @@ class Planner:
         known = [estimate for estimate in found if estimate is not None]
         return known[0].share(len(known)) if known else None
 
-    def estimated(self, models: Sequence[Model], device: str) -> Estimate | None:
+    def estimated(
+        self, models: Sequence[Model], device: str, spare_s: float = 0.0
+    ) -> Estimate | None:
         """Both sides, from a step of one model of each factory, tried for about `_SAMPLING_S`.
 
         None where not one of them could be tried.
@@ -185,7 +190,7 @@ class Planner:
             return None
         each = [sum(numbers) // len(batches) for numbers in zip(*batches)]
         epochs = [model.training.epochs for model in models]
-        return estimate(samples, epochs, (each[0], each[1]), device=device)
+        return estimate(samples, epochs, (each[0], each[1]), device=device, spare_s=spare_s)
 
     def _capture_here(self, model: Model, plain: str = "") -> None:
         """Capture a model; or leave it as it is, for a reason."""

@@ -13,6 +13,7 @@ import queue
 import shutil
 import sys
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -58,6 +59,10 @@ PATIENCE_S = 5.0
 _LEAST_SHARE = 4
 
 
+#: Seconds after the engine's start in which workers get ready, whatever is done here.
+_WARM_S = 2.5
+
+
 class Scheduler:
     """Runs submitted models on a platform.
 
@@ -86,6 +91,7 @@ class Scheduler:
     ) -> None:
         self._allowed_modules = allowed_modules
         self._merge_always, self._last_device = merge_always, "cpu"
+        self._began = time.monotonic()
         self.reports: list[MergeReport] = []
         self._experiment = experiment
         self._store, self._platform, self._merge = store, platform, merge
@@ -467,7 +473,8 @@ class Scheduler:
         share = self._share(batch)
         batch.models, batch.company = share.models, share.company or batch.company
         if not self._merge_always:
-            self._planner.consider(batch.company or batch.models, self._device())
+            spare_s = max(0.0, _WARM_S - (time.monotonic() - self._began))
+            self._planner.consider(batch.company or batch.models, self._device(), spare_s)
         # All of them first: trials that run already would take the cores from what is captured.
         self._planner.capture(batch.company)
         batch.models = [model for model in batch.models if self._needed(model)]
