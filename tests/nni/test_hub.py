@@ -69,7 +69,7 @@ def sampled(name, count=4):
 
 
 def trained(models, folder, merge_size):
-    engine = CGOExecutionEngine(folder, merge_size=merge_size)
+    engine = CGOExecutionEngine(folder, merge_size=merge_size, merge_always=True)
     try:
         engine.submit_models(*models)
         engine.wait_models()
