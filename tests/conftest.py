@@ -29,6 +29,14 @@ def pytest_configure(config):
 
 
 @pytest.fixture(scope="session", autouse=True)
+def always_merged():
+    """Engines of tests merge unless they are told otherwise: estimates depend on the clock."""
+    from cgo.engine import CGOEngine
+
+    CGOEngine.__init__.__kwdefaults__["merge_always"] = True
+
+
+@pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     """Measured costs of test runs stay out of the user's table."""
     os.environ["CGO_CACHE"] = str(tmp_path_factory.mktemp("cache"))
