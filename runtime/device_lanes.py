@@ -145,6 +145,8 @@ class DeviceLanes:
     def _catch_up(self) -> dict[ModelId, Exception]:
         """Train opaque lanes on the batches that are held."""
         held, self._held = self._held, []
+        if not held:
+            return {}
         failures: dict[ModelId, Exception] = {}
         for index, model in enumerate(self._behind):
             with self._accelerator.beside(index), self._opaque[model].entered():
