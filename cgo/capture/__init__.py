@@ -205,9 +205,10 @@ class Capturer:
         Raises:
             ModelError: the model cannot be built.
         """
-        module, random = self._module(model)
-        refuse_ignored_training(model.model_id, module)
-        begun = _prepared(model, module, random, examples)
+        with _ALONE:
+            module, random = self._module(model)
+            refuse_ignored_training(model.model_id, module)
+            begun = _prepared(model, module, random, examples)
         return Captured(replace(_entry(model, module, random), opaque=reason), None, begun=begun)
 
     def sample(self, model: Model, examples: Examples) -> Sample:
@@ -217,15 +218,11 @@ class Capturer:
             Exception: whatever the model raises.
         """
         with _ALONE, self._few_threads():
-            return self._sampled(model, examples)
-
-    def _sampled(self, model: Model, examples: Examples) -> Sample:
-        module, _ = self._module(model)
-        layers = sum(not any(part.children()) for part in module.modules())
-        with contained:
-            return Sample(
-                min(timed(module, model.training, examples.first) for _ in range(2)), layers
-            )
+            module, _ = self._module(model)
+            layers = sum(not any(part.children()) for part in module.modules())
+            with contained:
+                seconds = [timed(module, model.training, examples.first) for _ in range(2)]
+        return Sample(min(seconds), layers)
 
     def _captured(
         self, model: Model, module: nn.Module, random: RandomState | None, examples: Examples

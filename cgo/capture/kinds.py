@@ -71,6 +71,14 @@ def _calls(traced: Traced) -> set[str]:
 
 
 def _call(node: fx.Node, traced: Traced) -> str:
+    """A call without its sizes, made once: a skeleton and a set of calls are made of them."""
+    found: str | None = node.meta.get("call")
+    if found is None:
+        found = node.meta["call"] = _made_call(node, traced)
+    return found
+
+
+def _made_call(node: fx.Node, traced: Traced) -> str:
     sizes = _sizes(node.target) if isinstance(node.target, OpOverload) else frozenset()
     given = [_argument(value, traced, index in sizes) for index, value in enumerate(node.args)]
     named = [(k, _argument(v, traced, k in sizes)) for k, v in sorted(node.kwargs.items())]

@@ -231,7 +231,7 @@ class _Recording:
             for value in (loss, prediction)
         ]
         self.graph.output(tuple(found))
-        return Traced(self.graph, self._sorted_sources(), recorded=True)
+        return Traced(self.graph, self._sorted_sources())
 
     def _sorted_sources(self) -> dict[str, Source]:
         """Sources in the order of the module's own, with constants before the inputs."""

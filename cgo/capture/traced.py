@@ -42,7 +42,11 @@ class Traced:
     graph: fx.Graph
     sources: Mapping[str, Source]  # by the placeholder's name; nodes of ours come in this order
     owner: fx.GraphModule | None = None  # of an export: has its regions
-    recorded: bool = False
+
+    @property
+    def recorded(self) -> bool:
+        """Whether it was recorded, and not exported."""
+        return self.owner is None
 
     def loss(self) -> Tensor | None:
         """Of a recording: what the run gave; None where that was no result of an operator."""
