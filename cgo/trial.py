@@ -22,6 +22,7 @@ from cgo.errors import TrialError
 from cgo.events import Event, encode
 from cgo.graph import ModelId
 from cgo.graph_data import GraphData
+from cgo.imports import search_first
 from cgo.platforms.local import IMPORT_ROOTS, IN_TRIAL, follow_parent
 from cgo.reading import read_document
 from cgo.user_code import Terminated, terminate_on_signals
@@ -175,8 +176,7 @@ def train_document(
         vouched: The SHA-256 of a document whose operators need not be tried before they are used.
         commands: Which models are to join or to end meanwhile.
     """
-    roots = os.environ.get(IMPORT_ROOTS, "")
-    sys.path[:0] = [root for root in roots.split(os.pathsep) if root and root not in sys.path]
+    search_first(os.environ.get(IMPORT_ROOTS, "").split(os.pathsep))
     content = path.read_bytes()
     document, refused = read_document(content, path.parent)
     enter(document)

@@ -11,13 +11,13 @@ import logging
 import os
 import pickle
 import subprocess
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
+from cgo.imports import search_first
 from cgo.machine import python_command
 from cgo.model import Model
 from cgo.user_code import told
@@ -138,7 +138,7 @@ def serve(pipe: Connection) -> None:
     from cgo.planner import Planner
 
     roots: tuple[str, ...] = pickle.loads(pipe.recv_bytes())
-    sys.path[:0] = [root for root in roots if root not in sys.path]
+    search_first(roots)
     planner = Planner()
     pipe.send_bytes(b"ready")
     while True:

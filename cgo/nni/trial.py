@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +27,7 @@ from cgo.errors import CgoError, TrialError
 from cgo.events import Event, checked
 from cgo.graph import ModelId
 from cgo.graph_data import GraphData, file_sha256
+from cgo.imports import search_first
 from cgo.model import TrainingSpec
 from cgo.paths import is_plain
 from cgo.platforms.local import IMPORT_ROOTS
@@ -328,7 +328,7 @@ def enter_roots(parameter: Any) -> None:
         named = parameter.get("roots")
         given = named if isinstance(named, list) else given
     roots = [root for root in given if root and isinstance(root, str)]
-    sys.path[:0] = [root for root in roots if root not in sys.path]
+    search_first(roots)
     os.environ[IMPORT_ROOTS] = os.pathsep.join(roots)
 
 
