@@ -55,11 +55,6 @@ class Trial:
     closed: bool = False  # it has refused some, and is told of no more
 
     @property
-    def document(self) -> str:
-        """Where its document is."""
-        return str(self.request.folder / "graph.json")
-
-    @property
     def open(self) -> bool:
         """Whether it may be told to take further models: none that has crashed, or may do so."""
         return not self.closed and self.adding is None and self.part is None and not self.restarts

@@ -28,7 +28,7 @@ from cgo.division import take_part
 from cgo.errors import CgoError, EngineClosedError
 from cgo.events import Event
 from cgo.graph import ModelId
-from cgo.graph_data import file_sha256
+from cgo.graph_data import GraphData, file_sha256
 from cgo.hosts import Hosts
 from cgo.interface import AbstractGraphListener
 from cgo.model import Model, ModelStatus
@@ -277,7 +277,7 @@ class Scheduler:
         """A trial was told to take further models, and may have said whether it does."""
         with self._wake:
             added = trial.adding
-            if added is None or value.get("document") != added.document:
+            if added is None or value.get("document") != str(added.request.document):
                 return
             trial.adding = None
             if joined := value["what"] == "added":
@@ -492,18 +492,23 @@ class Scheduler:
             return
         trained = {entry.id for entry in plan.graph_data.models}
         models = [model for model in fresh if model.model_id in trained]
-        roots = self._import_roots(fresh)
-        vouched = file_sha256(Path(folder) / "graph.json")
-        eager = any(
-            entry.opaque is not None or entry.training.optimizer not in FUSED_OPTIMIZERS
-            for entry in plan.graph_data.models
-        )
-        rest = self._allowed_modules, vouched, eager
-        request = TrialRequest(trial_id, Path(folder), roots, *rest)
+        request = self._request(trial_id, plan.graph_data, self._import_roots(fresh))
         for alias, twin in plan.graph_data.aliases.items():
             self._demultiplexer.alias(alias, twin)
         ids, report = [model.model_id for model in fresh], plan.report.as_json()
         self._place(Trial(request, models, ids=ids, report=report, apart=not batch.may_join))
+
+    def _request(
+        self, trial_id: TrialId, document: GraphData, roots: tuple[str, ...]
+    ) -> TrialRequest:
+        """A trial of a document that was just written."""
+        eager = any(
+            entry.opaque is not None or entry.training.optimizer not in FUSED_OPTIMIZERS
+            for entry in document.models
+        )
+        folder, limits = Path(self._store.trial_folder(trial_id)), self._allowed_modules
+        request = TrialRequest(trial_id, folder, roots, limits, eager=eager)
+        return replace(request, vouched=file_sha256(request.document))
 
     def _device(self) -> str:
         """Where trials run, or the last ones did: "cpu", or a GPU."""
@@ -536,7 +541,10 @@ class Scheduler:
     def _add(self, host: Trial, trial: Trial, needless: Sequence[ModelId]) -> None:
         """Tell a running trial to take the models of one that was planned."""
         models = tuple(model.model_id for model in trial.models)
-        command, host_id = Command("add", trial.document, models), host.request.trial_id
+        command, host_id = (
+            Command("add", str(trial.request.document), models),
+            host.request.trial_id,
+        )
         log.info("%d models are added to trial %s", len(models), host_id)
         if self._hosts.tell(host_id, command):
             if needless:

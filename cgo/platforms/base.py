@@ -34,6 +34,11 @@ class TrialRequest:
     vouched: str | None = None
     eager: bool = True
 
+    @property
+    def document(self) -> Path:
+        """What it trains."""
+        return self.folder / "graph.json"
+
 
 @dataclass(frozen=True)
 class TrialExit:

@@ -80,11 +80,6 @@ class _Running:
     finished: bool = False
     commands: list[Command] = field(default_factory=list)  # that came before it was given away
 
-    @property
-    def document(self) -> str:
-        """The file of what it trains."""
-        return str(self.request.folder / "graph.json")
-
 
 class LocalPlatform:
     """Runs trials in processes of their own, one or several at once.
@@ -176,7 +171,7 @@ class LocalPlatform:
         request, given = running.request, running.request.allowed_modules
         limit = {} if given is None else {ALLOWED_MODULES: as_text(given)}
         environment = trial_environment(request.import_roots, self._extra() | limit)
-        command = [*self._command, running.document]
+        command = [*self._command, str(running.request.document)]
         with (request.folder / LOG).open("ab") as log_file:
             worker = start_alone(command, environment, log_file)
         running.worker = running.slot.worker = worker
@@ -235,7 +230,7 @@ class LocalPlatform:
         running.worker = worker
         worker.ask(_asked(running, changes))
         while running.commands:
-            worker.tell(running.document, running.commands.pop(0))
+            worker.tell(str(running.request.document), running.commands.pop(0))
 
     # --- what processes say -------------------------------------------------------------------
 
@@ -341,7 +336,7 @@ class LocalPlatform:
             if running.worker is None:
                 running.commands.append(command)
                 return True
-            return running.worker.tell(running.document, command)
+            return running.worker.tell(str(running.request.document), command)
 
     def worker_of(self, trial_id: TrialId) -> WorkerInfo | None:
         """The trial's worker; it holds every device of the machine."""
@@ -387,7 +382,7 @@ def _asked(running: _Running, environment: Mapping[str, str | None]) -> Request:
     except OSError:  # it was removed
         folder = None
     request = running.request
-    document, log_file = running.document, str(request.folder / LOG)
+    document, log_file = str(request.document), str(request.folder / LOG)
     limits = request.import_roots, request.allowed_modules, request.vouched, request.eager
     return Request(document, log_file, folder, environment, *limits)
 
