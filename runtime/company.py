@@ -225,10 +225,13 @@ class Company:
 
     def settle(self) -> None:
         """Leave each model as it would be alone, for other lanes to go on with it."""
+        self._end_training()
+        self.sync()
+
+    def _end_training(self) -> None:
         for lanes in self.lanes:
             for model, failure in lanes.end_training().items():
                 self._fail(self.members[model], failure)
-        self.sync()
 
     def _fail_all(self, members: Sequence[Member], error: CgoError) -> None:
         for member in members:
@@ -265,9 +268,7 @@ class Company:
                     break
         if self.made_s is None:
             self.made_s = clock.surplus_s
-        for lanes in self.lanes:
-            for model, failure in lanes.end_training().items():
-                self._fail(self.members[model], failure)
+        self._end_training()
 
     def _unstopped(self, models: Sequence[ModelId]) -> list[ModelId]:
         """The models without those that somebody has cancelled, which end here."""
