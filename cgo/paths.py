@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import BinaryIO
 
@@ -87,3 +89,26 @@ def read_plain(path: Path, most_bytes: int) -> bytes:
 
 
 _BINARY = getattr(os, "O_BINARY", 0)  # of Windows
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Write a file so that a crash leaves either the old one or the new one.
+
+    Args:
+        path: The file; until all is written, and on the disk, it stays as it is.
+
+    Yields:
+        What is to be written to. If that raises, nothing of it stays.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with partial.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # a full disk keeps no part of it
+            partial.unlink(missing_ok=True)
+        raise

@@ -5,7 +5,6 @@ A trial imports this, and with it the passes that merge, when somebody joins it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from cgo.passes.dedup_inputs import dedup_inputs
 from cgo.passes.dedup_stems import dedup_stems
 from cgo.passes.merge import merge
 from cgo.passes.pipeline import Pass, run_pipeline
+from cgo.paths import replacing
 
 
 def union(data: GraphData, added: GraphData) -> GraphData:
@@ -91,12 +91,8 @@ def write_union(
         weights.save(folder / name, constants)
         reference = FileRef(name, file_sha256(folder / name))
     whole = replace(whole, constants=reference, base=folder)
-    partial = folder / "graph.json.partial"
-    with partial.open("w") as stream:
-        stream.write(whole.to_json())
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, folder / "graph.json")
+    with replacing(folder / "graph.json") as stream:
+        stream.write(whole.to_json().encode())
     return whole
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import logging
-import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import torch
 
 from cgo.errors import TrialError
 from cgo.graph import ModelId
-from cgo.paths import open_plain
+from cgo.paths import open_plain, replacing
 from cgo.user_code import told
 
 log = logging.getLogger(__name__)
@@ -33,16 +31,11 @@ def save(folder: Path, members: dict[str, Any]) -> None:
     Raises:
         TrialError: the disk is full, or the folder cannot be written; it says which.
     """
-    partial = folder / f"{NAME}.partial"
     try:
-        with partial.open("wb") as stream:
+        with replacing(folder / NAME) as stream:
             torch.save({"version": VERSION, "members": members}, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, folder / NAME)
     except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):  # a full disk keeps no part of it
-            partial.unlink(missing_ok=True)
+        partial = folder / f"{NAME}.partial"
         raise TrialError(f"cannot write checkpoint {partial}: {_reason(error)}") from error
 
 

@@ -1,7 +1,7 @@
 import pytest
 from support.special import special
 
-from cgo.paths import inside, is_plain, lies_beside, open_plain, read_plain
+from cgo.paths import inside, is_plain, lies_beside, open_plain, read_plain, replacing
 
 
 @pytest.mark.parametrize("name", ["a", "a/b.safetensors", "a..b/c", ".a/b", "é"])
@@ -55,3 +55,19 @@ def test_content_is_bounded(tmp_path):
     assert read_plain(path, 5) == b"12345"
     with pytest.raises(ValueError, match="more than 4 bytes"):
         read_plain(path, 4)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "graph.json"
+    with replacing(path) as stream:
+        stream.write(b"first")
+
+    def interrupted():
+        with replacing(path) as stream:
+            stream.write(b"sec")
+            raise ValueError("enough")
+
+    with pytest.raises(ValueError, match="enough"):
+        interrupted()
+    assert path.read_bytes() == b"first"
+    assert [file.name for file in tmp_path.iterdir()] == ["graph.json"]

@@ -293,7 +293,7 @@ def test_a_disk_that_is_full_refuses_those_that_join(tmp_path, unlimited, monkey
         raise OSError(28, "No space left on device")
 
     given = add_of([case("j", seed=1)], tmp_path / "added")
-    monkeypatch.setattr("cgo.union.os.fsync", full)
+    monkeypatch.setattr("cgo.paths.os.fsync", full)
     run = Joined([case("a")], {("a", 0): [given]}, tmp_path)
     (refused,) = run.told("refused")
     assert "No space left" in refused["reason"]
