@@ -36,6 +36,7 @@ class Command:
     - "add": train the `models` of a further `document`, a path of a GraphData in a folder of its
       own. The trial answers by a "trial" event: "added", with the models' ids, or "refused". One
       that ends without an answer has not taken them.
+      Its operators are not tried if `vouched` is its SHA-256 (see `TrialRequest`).
     - "stop": end `models` as cancelled, at the next step or epoch; they keep their histories.
     - "drain": refuse every later "add", and end when all models have ended.
     """
@@ -43,6 +44,7 @@ class Command:
     kind: Kind
     document: str = ""
     models: tuple[ModelId, ...] = ()
+    vouched: str = ""
 
 
 def encode(command: Command) -> str:
@@ -59,7 +61,8 @@ def decode(line: str) -> Command:
     try:
         found = json.loads(line)
         models = found.get("models", [])
-        command = Command(found["kind"], found.get("document", ""), tuple(models))
+        texts = [found.get(name, "") for name in ("document", "vouched")]
+        command = Command(found["kind"], texts[0], tuple(models), texts[1])
     except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise TrialError(f"not a command: {line[:200]!a}") from error
     if not isinstance(models, list) or not _is_command(command):
@@ -68,7 +71,8 @@ def decode(line: str) -> Command:
 
 
 def _is_command(command: Command) -> bool:
-    if not isinstance(command.document, str) or not all(map(_is_id, command.models)):
+    texts = command.document, command.vouched
+    if not all(isinstance(t, str) for t in texts) or not all(map(_is_id, command.models)):
         return False
     match command.kind:
         case "add":

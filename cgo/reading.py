@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -91,3 +92,8 @@ def _without(document: Mapping[str, Any], models: Mapping[ModelId, str]) -> dict
         **written_graph(graph),
         "aliases": {a: t for a, t in document.get("aliases", {}).items() if t not in models},
     }
+
+
+def is_vouched(content: bytes, sha256: str | None) -> bool:
+    """Whether a document is the very one that somebody vouches for; None: nobody does."""
+    return sha256 is not None and hashlib.sha256(content).hexdigest() == sha256

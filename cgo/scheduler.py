@@ -542,7 +542,7 @@ class Scheduler:
         """Tell a running trial to take the models of one that was planned."""
         models = tuple(model.model_id for model in trial.models)
         command, host_id = (
-            Command("add", str(trial.request.document), models),
+            Command("add", str(trial.request.document), models, trial.request.vouched or ""),
             host.request.trial_id,
         )
         log.info("%d models are added to trial %s", len(models), host_id)

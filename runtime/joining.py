@@ -14,7 +14,7 @@ from cgo.errors import GraphDataError
 from cgo.graph import ModelId
 from cgo.graph_data import MAX_BYTES, GraphData
 from cgo.paths import read_plain
-from cgo.reading import read_document
+from cgo.reading import is_vouched, read_document
 from cgo.runtime.accelerator import FILLED, accelerator_for
 from cgo.runtime.admission import admit
 from cgo.runtime.placing import needs_of
@@ -36,7 +36,11 @@ class Joiners:
 
 
 def read_joiners(
-    path: Path, limits: Limits, devices: Sequence[torch.device], beside: GraphData
+    path: Path,
+    limits: Limits,
+    devices: Sequence[torch.device],
+    beside: GraphData,
+    vouched: str | None = None,
 ) -> Joiners:
     """Read a further document, as a trial of its own would.
 
@@ -45,16 +49,18 @@ def read_joiners(
         limits: On each operator.
         devices: Where its models are to be trained.
         beside: The models that are there.
+        vouched: The SHA-256 of a document whose operators need not be tried.
 
     Raises:
         GraphDataError: the document or a file of it is refused, or its models do not fit into
             what memory is free.
         OSError: there is no such file.
     """
-    data, refused = read_document(read_plain(path, MAX_BYTES), path.parent)
+    content = read_plain(path, MAX_BYTES)
+    data, refused = read_document(content, path.parent)
     data.check_files()
     constants = constants_of(data)
-    data, more = admit(data, constants, limits)
+    data, more = admit(data, constants, limits, vouched=is_vouched(content, vouched))
     _check_memory(data, devices, beside)
     return Joiners(data, constants, refused | more)
 

@@ -278,7 +278,8 @@ class _Trial:
         try:
             staying = restricted(self.data, [member.id for member in self._running()])
             given = self._limits, self._devices, staying
-            added = self._added(read_joiners(Path(command.document), *given), staying)
+            joiners = read_joiners(Path(command.document), *given, command.vouched)
+            added = self._added(joiners, staying)
         except Exception as error:
             self._refuse(command, str(error) if isinstance(error, CgoError) else told(error))
             return
