@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import hashlib
 import inspect
 import logging
@@ -22,6 +21,7 @@ from cgo import weights
 from cgo.capture import Captured, Capturer, Examples
 from cgo.capture.helpers import Helpers
 from cgo.errors import CgoError, EngineClosedError, ModelError, UserExitError
+from cgo.garbage import uncollected
 from cgo.graph import Graph, ModelId
 from cgo.graph_data import FileRef, GraphData, ModelEntry, file_sha256
 from cgo.ids import file_name
@@ -277,7 +277,7 @@ class Planner:
         """
         captured, failures = self._capture_all(models)
         try:
-            with _uncollected():
+            with uncollected():
                 plan = self._planned(models, captured, failures, folder, experiment or {})
             return replace(plan, report=replace(plan.report, estimate=self._share(models)))
         except Exception:
@@ -494,15 +494,3 @@ def _source_hash(path: str) -> str:
 def _file_hash(file: str, mtime_ns: int, size: int) -> str:
     """A hash of a file, which is read again once it has changed: models by hundreds name it."""
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Let cyclic garbage be: merging makes none, and to look for it goes through all of torch."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()

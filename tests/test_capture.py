@@ -1,6 +1,7 @@
 """Capture: what becomes of a module, and what is refused."""
 
 import copy
+import gc
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import cgo
 from cgo.capture import Capturer, Examples
 from cgo.capture.validate import validate
 from cgo.errors import CaptureError, DataError, ModelError
+from cgo.garbage import uncollected
 from cgo.graph import dump, restrict, verify
 
 DATA = cgo.DataSpec("support.small:points", batch_size=16)
@@ -286,6 +288,19 @@ def test_a_module_that_cannot_be_printed_is_captured(capturer):
     assert first.entry.opaque is None
     assert first.graph is not None
     assert text(first) == text(second)
+
+
+def test_activations_are_let_go_without_a_search_for_garbage(capturer):
+    """A recording's nodes refer to each other, and what each gave hung on them: GiBs of it."""
+    data = cgo.DataSpec("cgo.zoo:digits", batch_size=64)
+    model = cgo.Model("cgo.zoo:mlp", {"widths": [1021]}, data=data, training=spec())
+    examples = Examples.of(data)
+    gc.collect()
+    with uncollected():
+        captured = Capturer().capture(model, examples)
+        tensors = [found for found in gc.get_objects() if type(found) is torch.Tensor]
+    assert captured.graph is not None
+    assert not [t.shape for t in tensors if t.dim() == 2 and t.shape[1] == 1021]
 
 
 def test_nothing_of_a_capture_is_written_to_the_terminal():

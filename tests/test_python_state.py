@@ -1,6 +1,7 @@
 """What Python keeps between calls: what is seen of it, and what is not."""
 
 import itertools
+import logging
 import random
 from collections import deque
 
@@ -72,6 +73,17 @@ def test_parameters_buffers_modes_and_kept_features_are_no_state_of_pythons():
     net[0](torch.randn(4, 3))
     net.features = torch.ones(4)
     net.eval()
+    assert moved(before, watched.snapshot()) is None
+
+
+def test_a_logger_keeps_nothing_that_counts():
+    """Its cache of levels fills when it is asked first, and through its manager hang all others."""
+    net = nn.Linear(2, 2)
+    net.log = logging.getLogger("tests.kept")
+    watched = Watched(net)
+    before = watched.snapshot()
+    net.log.debug("asked")
+    logging.getLogger("tests.kept.another")
     assert moved(before, watched.snapshot()) is None
 
 

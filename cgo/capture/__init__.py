@@ -36,6 +36,7 @@ from cgo.capture.record import record
 from cgo.capture.traced import of_export
 from cgo.capture.validate import program_graph, validate
 from cgo.errors import CaptureError, ModelError, SpecError, UserExitError
+from cgo.garbage import uncollected
 from cgo.graph import Graph, dump
 from cgo.graph_data import Factory, ModelEntry, StateEntry
 from cgo.model import DataSpec, Model, TrainingSpec, as_json, digest_of, loss_function
@@ -172,7 +173,7 @@ class Capturer:
         Raises:
             ModelError: the model cannot be built or run at all, even eagerly.
         """
-        with _ALONE, self._few_threads():
+        with _ALONE, self._few_threads(), uncollected():
             module, random = self._module(model)
             refuse_ignored_training(model.model_id, module)
             with _watched(module, model.training).preserved():
@@ -386,6 +387,7 @@ def _record_all(
             if not trusted or moved(begun, watched.snapshot()) is not None:
                 validate(made, name, module, training, leaves, other, seeds=(1,), called=kept)
                 kinds.learn(traced, module, training, split)
+            traced.release()
         return made, shape
 
     proof: list[str] | None = None

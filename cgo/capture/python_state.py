@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import random
 import re
 import sys
@@ -38,9 +39,11 @@ _OWN = frozenset(vars(nn.Module())) | {"_parameters", "_buffers", "_modules"}
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
-#: Types whose values never move, or are looked at elsewhere.
-_FIXED = (nn.Module, nn.Parameter, type, types.ModuleType, types.BuiltinFunctionType, torch.dtype,
-          torch.device, torch.Size)  # fmt: skip
+#: Types whose values never move, or are looked at elsewhere, or (loggers) give no numbers.
+_FIXED = (nn.Module, type, types.ModuleType, types.BuiltinFunctionType, torch.dtype, torch.device,
+          torch.Size, logging.Logger, logging.LoggerAdapter)  # fmt: skip
+
+_PLAIN = (bool, int, float, complex, str, bytes, range, slice)
 
 
 @dataclass
@@ -210,14 +213,14 @@ def _names(code: types.CodeType) -> set[str]:
 
 def _print(value: Any, depth: int = 0, seen: frozenset[int] = frozenset()) -> object:
     """Something that is equal for equal content, as far as it is looked into."""
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, range, slice)):
+    if value is None or isinstance(value, _PLAIN):
         return type(value).__name__, repr(value)
     if isinstance(value, types.FunctionType):
         return "function", _print(vars(value), depth + 1, seen)
+    if isinstance(value, Tensor):
+        return "fixed" if isinstance(value, nn.Parameter) else _print_tensor(value)
     if isinstance(value, _FIXED):
         return "fixed"
-    if isinstance(value, Tensor):
-        return _print_tensor(value)
     if isinstance(value, np.ndarray):
         return "array", hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
     if depth == _DEPTH or id(value) in seen:

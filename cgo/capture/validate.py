@@ -9,7 +9,7 @@ a gate of zero. What Python keeps between calls must not change.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -133,7 +133,7 @@ class _Sides:
         self._name, self._training, self._module, self._kept = name, training, module, kept
         lowered = lower(program_graph(program, name), name, _CPU, images_last=False)
         self._captured = partial(_captured, lowered, program, name, training)
-        self._done: list[Callable[[nn.Module], Found]] = []  # to be done again
+        self._done: list[tuple[int, Leaves, float]] = []  # to be done again
 
     def compare(self, seed: int, leaves: Leaves, *, disturbed: bool, proven: bool) -> None:
         """Run both once.
@@ -143,11 +143,10 @@ class _Sides:
         """
         amounts = (*(AMOUNTS if disturbed else ()), *(() if disturbed and proven else (0.0,)))
         for amount in amounts:
-            step = partial(self._run, seed, leaves, amount=amount)
             try:
                 with restored(self._module):
-                    expected = step(self._module)
-                    self._done.append(step)
+                    expected = self._run(seed, leaves, amount)
+                    self._done.append((seed, leaves, amount))
                     break
             except _NoNumbers as error:
                 reason = str(error)
@@ -159,10 +158,11 @@ class _Sides:
     def call_again(self) -> None:
         """Run the eager side once more, as it was run last, for what Python keeps of it."""
         if self._done:
-            self._done[-1](self._module)
+            self._run(*self._done[-1])
 
-    def _run(self, seed: int, leaves: Leaves, module: nn.Module, *, amount: float) -> Found:
+    def _run(self, seed: int, leaves: Leaves, amount: float) -> Found:
         """One eager run; what it begins with is kept for the captured side."""
+        module = self._module
         if amount:
             disturb(module, amount, seed)
         self._begun = _copies(module)
@@ -202,7 +202,7 @@ class _Sides:
         self._kept.put_back()
         if moved:
             _move_by_an_ulp(self._module)
-        again = [step(self._module) for step in self._done]
+        again = [self._run(*done) for done in self._done]
         return gaps(expected, again[-1], self._name)
 
     @staticmethod
