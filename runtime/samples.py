@@ -55,7 +55,7 @@ class Samples:
         """
         self._plan.set(epoch, order.split(list(sizes)))
         try:
-            with _out_of_reach():
+            with _out_of_reach() if self._loader.num_workers else contextlib.nullcontext():
                 return self._flat(iter(self._loader))
         except Exception as error:
             raise self._failed(error) from error
