@@ -106,6 +106,7 @@ class _Engine(AbstractExecutionEngine):
             merge=self._merge,
             batch_operators=batch_operators,
             import_roots=self._import_roots,
+            modules=self._modules,
             experiment={
                 "experiment_dir": str(self._store.folder),
                 "engine": type(self).__name__,
@@ -302,9 +303,13 @@ class _Engine(AbstractExecutionEngine):
 
     def _import_roots(self, models: Sequence[Model]) -> tuple[str, ...]:
         """Where a trial finds what its models name: never through the current directory."""
-        named = dict.fromkeys(path for model in models for _, path in _named(model))
-        roots = dict.fromkeys((*self._import_paths, *import_roots(named), *_script_folder()))
-        return tuple(roots)
+        roots = (*self._import_paths, *import_roots(sorted(self._modules(models))))
+        return tuple(dict.fromkeys((*roots, *_script_folder())))
+
+    def _modules(self, models: Sequence[Model]) -> frozenset[str]:
+        """The modules that models name."""
+        paths = (path for model in models for _, path in _named(model))
+        return frozenset(path.partition(":")[0] for path in paths)
 
 
 class CGOEngine(_Engine):

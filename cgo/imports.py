@@ -14,7 +14,7 @@ import sysconfig
 import tokenize
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from cgo.allowed import check_found, check_module
@@ -158,25 +158,67 @@ def import_roots(paths: Iterable[str]) -> tuple[str, ...]:
 
     Installed packages and the standard library need none and are left out.
     """
-    installed = {
-        str(Path(folder).resolve())
-        for folder in (
-            *site.getsitepackages(),
-            sysconfig.get_path("purelib"),
-            sysconfig.get_path("platlib"),
-            sysconfig.get_path("stdlib"),
-        )
-    }
-    roots: dict[str, None] = {}
-    for path in paths:
-        top = path.partition(":")[0].partition(".")[0]
-        spec = _spec_of(top)
-        if spec is None:
+    tops = (path.partition(":")[0].partition(".")[0] for path in paths)
+    return tuple(dict.fromkeys(root for top in tops for root in _roots_of(top)))
+
+
+def _roots_of(top: str) -> list[str]:
+    """The folders of a module or package that is not installed."""
+    spec = _spec_of(top)
+    if spec is None:
+        return []
+    places = list(spec.submodule_search_locations or ()) or [spec.origin]
+    found = [str(Path(p).resolve().parent) for p in places if p and Path(p).exists()]
+    return [root for root in found if root not in _installed()]
+
+
+@functools.cache
+def _installed() -> frozenset[str]:
+    """Where installed packages and the standard library lie."""
+    paths = (sysconfig.get_path(kind) for kind in ("purelib", "platlib", "stdlib"))
+    return frozenset(str(Path(p).resolve()) for p in (*site.getsitepackages(), *paths))
+
+
+def libraries_of(modules: Iterable[str]) -> tuple[str, ...]:
+    """What modules of users import of installed packages, as far as they hold names of it.
+
+    Args:
+        modules: Names of modules, or of something within one. Those that are not imported yet, or
+            are no users', hold nothing.
+
+    Returns:
+        Names of modules, in order; those of Python's own and of torch's are not among them.
+    """
+    pending, seen = [_imported(name) for name in sorted(modules)], set[str]()
+    found: set[str] = set()
+    while pending:
+        name = pending.pop()
+        top = name.partition(".")[0]
+        if name in seen or not top or top in _EVERYWHERE or top in sys.stdlib_module_names:
             continue
-        places = list(spec.submodule_search_locations or ()) or [spec.origin]
-        for place in places:
-            if place and Path(place).exists():
-                root = str(Path(place).resolve().parent)
-                if root not in installed:
-                    roots.setdefault(root)
-    return tuple(roots)
+        seen.add(name)
+        if not _roots_of(top):
+            found.add(name)
+            continue
+        values = list(vars(sys.modules[name]).values())
+        names = (v.__name__ if isinstance(v, ModuleType) else _module_of(v) for v in values)
+        pending += dict.fromkeys(map(_imported, names))
+    return tuple(sorted(found))
+
+
+#: What each trial imports anyway.
+_EVERYWHERE = frozenset({"torch", "numpy", "cgo"})
+
+
+def _imported(name: str) -> str:
+    """The module that a name is of, or is itself; nothing if that is not imported."""
+    while name and name not in sys.modules:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def _module_of(value: Any) -> str:
+    """The module that a function or class is defined in, or the class of another object."""
+    defined = value if type(value) in (type, FunctionType) else type(value)
+    name = defined.__module__
+    return name if isinstance(name, str) else ""

@@ -30,11 +30,12 @@ from cgo.events import Event
 from cgo.graph import ModelId
 from cgo.graph_data import GraphData, file_sha256
 from cgo.hosts import Hosts
+from cgo.imports import libraries_of
 from cgo.interface import AbstractGraphListener
 from cgo.model import Model, ModelStatus
 from cgo.passes.batch_operators import BatchOperators
 from cgo.planner import Planner
-from cgo.platforms.base import Platform, TrialExit, TrialId, TrialRequest
+from cgo.platforms.base import Expecting, Platform, TrialExit, TrialId, TrialRequest
 from cgo.queued import Batch, Part, Trial, halves
 from cgo.report import MergeReport
 from cgo.runtime import checkpoint
@@ -72,6 +73,7 @@ class Scheduler:
         merge: Whether models share trials; without it each has its own.
         batch_operators: Which operators of different models may be fused; None: none.
         import_roots: Folders for the trial's module path, from the models it trains.
+        modules: Names of the modules that models name.
         experiment: JSON settings that trials can read.
         allowed_modules: What trials may import for their documents; None: whatever these name.
         merge_always: Merge what is not expected to repay it, too.
@@ -85,6 +87,7 @@ class Scheduler:
         merge: bool,
         batch_operators: BatchOperators | None,
         import_roots: Callable[[Sequence[Model]], tuple[str, ...]],
+        modules: Callable[[Sequence[Model]], frozenset[str]],
         experiment: Mapping[str, Any],
         allowed_modules: tuple[str, ...] | None = None,
         merge_always: bool = False,
@@ -95,7 +98,7 @@ class Scheduler:
         self.reports: list[MergeReport] = []
         self._experiment = experiment
         self._store, self._platform, self._merge = store, platform, merge
-        self._import_roots = import_roots
+        self._import_roots, self._modules = import_roots, modules
         self._planner = Planner(merge, batch_operators, import_roots)
         self._demultiplexer = Demultiplexer(store.record, store.load_state)
         self._submitted: deque[Batch] = deque()  # not looked up yet
@@ -475,6 +478,7 @@ class Scheduler:
         if not self._merge_always:
             spare_s = max(0.0, _WARM_S - (time.monotonic() - self._began))
             self._planner.consider(batch.company or batch.models, self._device(), spare_s)
+        self._expect(batch.company or batch.models)
         # All of them first: trials that run already would take the cores from what is captured.
         self._planner.capture(batch.company)
         batch.models = [model for model in batch.models if self._needed(model)]
@@ -492,22 +496,29 @@ class Scheduler:
             return
         trained = {entry.id for entry in plan.graph_data.models}
         models = [model for model in fresh if model.model_id in trained]
-        request = self._request(trial_id, plan.graph_data, self._import_roots(fresh))
+        request = self._request(trial_id, plan.graph_data, fresh)
         for alias, twin in plan.graph_data.aliases.items():
             self._demultiplexer.alias(alias, twin)
         ids, report = [model.model_id for model in fresh], plan.report.as_json()
         self._place(Trial(request, models, ids=ids, report=report, apart=not batch.may_join))
 
+    def _expect(self, models: Sequence[Model]) -> None:
+        """Tell the platform what trials of these models will import."""
+        modules = self._modules(models)
+        if isinstance(self._platform, Expecting) and (libraries := libraries_of(modules)):
+            self._platform.expect(modules, libraries)
+
     def _request(
-        self, trial_id: TrialId, document: GraphData, roots: tuple[str, ...]
+        self, trial_id: TrialId, document: GraphData, models: Sequence[Model]
     ) -> TrialRequest:
         """A trial of a document that was just written."""
+        roots, modules = self._import_roots(models), self._modules(models)
         eager = any(
             entry.opaque is not None or entry.training.optimizer not in FUSED_OPTIMIZERS
             for entry in document.models
         )
         folder, limits = Path(self._store.trial_folder(trial_id)), self._allowed_modules
-        request = TrialRequest(trial_id, folder, roots, limits, eager=eager)
+        request = TrialRequest(trial_id, folder, roots, limits, eager=eager, modules=modules)
         return replace(request, vouched=file_sha256(request.document))
 
     def _device(self) -> str:

@@ -4,9 +4,12 @@ A fresh process spends seconds on its imports before it begins a trial. This one
 when a trial comes. Each line that it reads asks for a trial; what happens in the trial goes to the
 events, as it does from a process that runs one alone. Between them stand lines of the worker's own:
 
-- `ready`: it has warmed up, or the trial asked for has ended and left nothing behind.
+- `ready`: it has warmed up, or has imported what it was asked to (with what that left behind), or
+  the trial asked for has ended and left nothing behind.
 - `took`: it has read a request.
-- `retired`: the trial has ended and left something behind, for a reason; the process ends.
+- `retired`: the trial has ended and left something behind, for a reason; the process ends. What
+  libraries leave when they are imported (patches, threads) is the most frequent one: so it tells
+  which the trial imported, and the next process is asked to import them first.
 
 A trial that ends in another way than a clean one ends the process, whose exit code tells how. What
 is left of a trial that ended cleanly is looked for in `cgo.runtime.pristine`.
@@ -22,7 +25,7 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -38,7 +41,7 @@ def serve(requests_fd: int, events_fd: int, max_growth_bytes: int | None = None)
     """Run trials until no more are asked for; returns the exit code."""
     from cgo.runtime.pristine import MAX_GROWTH_BYTES, Pristine
     from cgo.runtime.torch_settings import RandomStates
-    from cgo.runtime.warm_up import warm_up, warm_up_eager
+    from cgo.runtime.warm_up import bring, warm_up, warm_up_eager
 
     random = RandomStates()
     gc.disable()  # imports make hundreds of thousands of objects, and no garbage to speak of
@@ -54,8 +57,9 @@ def serve(requests_fd: int, events_fd: int, max_growth_bytes: int | None = None)
         asked = _Asked(os.fdopen(requests_fd, "r", encoding="utf-8"))
         pristine = Pristine(random, most)
 
-        def say(word: str, reason: str = "") -> None:
-            events.write(Said(word, reason, pristine.resident_bytes()).line())
+        def say(word: str, reason: str = "", libraries: Sequence[str] = ()) -> None:
+            resident = pristine.resident_bytes()
+            events.write(Said(word, reason, resident, tuple(libraries)).line())
 
         ends.callback(pristine.end)
         say("ready")
@@ -69,9 +73,15 @@ def serve(requests_fd: int, events_fd: int, max_growth_bytes: int | None = None)
                 pristine, eager = Pristine(random, most), True
             if not request:
                 continue
+            if request["do"] == "bring":
+                bring(request["libraries"])
+                left = pristine.restore() or ""
+                pristine = Pristine(random, most)
+                say("ready", left)
+                continue
             say("took")
             if reason := _served(request, asked.commands, events, pristine.restore):
-                say("retired", reason)
+                say("retired", reason, pristine.libraries())
                 break
             asked.ended(request["document"])
             say("ready")
@@ -99,7 +109,9 @@ class _Asked:
     def _read(self) -> None:
         while line := self._lines.readline():
             found = json.loads(line)
-            if found["do"] == "train":
+            if found["do"] == "bring":
+                self._waiting.put(found)
+            elif found["do"] == "train":
                 self._commands[found["document"]] = Commands()
                 self._waiting.put(found)
             elif (commands := self._commands.get(found["document"])) is not None:
@@ -112,7 +124,7 @@ class _Asked:
             request = self._waiting.get(timeout=timeout_s)
         except queue.Empty:
             return {}
-        if request:
+        if request and request["do"] == "train":
             self.commands = self._commands[request["document"]]
         return request
 

@@ -111,6 +111,10 @@ class Pristine:
         if grown > self._max_growth_bytes:
             yield f"grown by {grown:,} bytes, the most is {self._max_growth_bytes:,}"
 
+    def libraries(self) -> list[str]:
+        """What was imported meanwhile, in this order, and is not of users, whose code is gone."""
+        return [name for name in list(sys.modules) if name not in self._known]
+
     def _running(self) -> Iterator[str]:
         """Threads and processes that do not end."""
         until = time.monotonic() + _ENDING_S

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import pkgutil
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,6 +20,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import cgo.runtime.forms
 from cgo.private.late_compiler import import_late
+from cgo.user_code import contained, told
+
+log = logging.getLogger(__name__)
 
 #: What a trial brings in late, beside the forms of groups.
 _LATE = ("cgo.runtime.grouped_convolutions", "cgo.runtime.kernels", "cgo.runtime.opaque", "cgo.zoo")
@@ -47,6 +52,16 @@ def warm_up_eager() -> None:
     parameter.grad = torch.zeros(2)
     optimizer.step()
     scheduler.step()
+
+
+def bring(libraries: Iterable[str]) -> None:
+    """Import what another process has imported; what cannot be, a trial will hear of."""
+    for name in libraries:
+        try:
+            with contained:
+                importlib.import_module(name)
+        except Exception as error:
+            log.debug("%s cannot be imported before its trial: %s", name, told(error))
 
 
 def _make_optimizers() -> None:

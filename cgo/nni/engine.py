@@ -30,7 +30,6 @@ from nni.runtime.trial_command_channel import (
 from cgo.engine import CGOEngine, refuse_inside_trial
 from cgo.errors import BudgetExhaustedError, CgoError, EngineClosedError, SpecError
 from cgo.graph import ModelId
-from cgo.imports import import_roots
 from cgo.interface import AbstractGraphListener, MetricData
 from cgo.model import Model
 from cgo.nni.translate import NotTranslated, Translator
@@ -397,11 +396,10 @@ _NAMED = re.compile(r"\bpath:([A-Za-z_]\w*(?:\.\w+)*)")
 class _MergingEngine(CGOEngine):
     """Trials find the modules that spaces and data sets name in their texts, too."""
 
-    def _import_roots(self, models: Sequence[Model]) -> tuple[str, ...]:
+    def _modules(self, models: Sequence[Model]) -> frozenset[str]:
         texts = [v for m in models for v in (*m.kwargs.values(), *m.data.kwargs.values())]
         named = {name for text in texts if isinstance(text, str) for name in _NAMED.findall(text)}
-        roots = (*super()._import_roots(models), *import_roots(sorted(named)))
-        return tuple(dict.fromkeys(roots))
+        return super()._modules(models) | named
 
 
 class _Listener(AbstractGraphListener):

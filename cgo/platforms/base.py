@@ -21,10 +21,10 @@ class TrialRequest:
     `folder` holds `graph.json`; the trial writes `weights/`, `checkpoint.pt` and `log.txt` there.
     Submitting a folder that holds a checkpoint goes on from it. `vouched` is the SHA-256 of a
     document whose operators the engine itself has captured: a trial that it shares a machine with
-    need not try them again. `eager`: models of it may take steps of
-    torch's own optimizers. `allowed_modules` limits what the
-    trial imports for its document (`cgo.allowed`); it reaches the trial by its environment. None
-    adds no limit.
+    need not try them again. `eager`: models of it may take steps of torch's own optimizers.
+    `allowed_modules` limits what the trial imports for its document (`cgo.allowed`); it reaches the
+    trial by its environment. None adds no limit. `modules` are those that its models name: who
+    names the same ones needs the same libraries.
     """
 
     trial_id: TrialId
@@ -33,6 +33,7 @@ class TrialRequest:
     allowed_modules: tuple[str, ...] | None = None
     vouched: str | None = None
     eager: bool = True
+    modules: frozenset[str] = frozenset()
 
     @property
     def document(self) -> Path:
@@ -77,6 +78,14 @@ class Platform(Protocol):
 
     def close(self) -> None:
         """Stop all trials and wait for their exits."""
+
+
+@runtime_checkable
+class Expecting(Platform, Protocol):
+    """A platform whose processes can prepare for trials that are not planned yet."""
+
+    def expect(self, modules: frozenset[str], libraries: Sequence[str]) -> None:
+        """Hear which modules the models of trials to come name, and what these import."""
 
 
 @runtime_checkable

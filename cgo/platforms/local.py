@@ -67,6 +67,7 @@ class _Slot:
     number: int
     worker: Worker | None = None
     running: _Running | None = None
+    modules: frozenset[str] = frozenset()  # that its last trial named
 
 
 @dataclass(eq=False)
@@ -86,7 +87,9 @@ class LocalPlatform:
 
     The processes are started with the platform. Each has its imports behind it when a trial comes,
     and takes the next one when that has ended cleanly and left nothing behind that the next could
-    notice (see `cgo.runtime.pristine`); otherwise another process takes its place.
+    notice (see `cgo.runtime.pristine`); otherwise another process takes its place. Where what was
+    left came with libraries, that one imports them before its first trial, and takes no trials but
+    those whose models name the same modules.
 
     Args:
         workers: How many trials may run at once. They all see all devices; the default is one
@@ -115,6 +118,7 @@ class LocalPlatform:
         self._command = python_command(module)
         self._warm, self._max_growth_bytes = warm, max_growth_bytes
         self._slots = [_Slot(number) for number in range(workers)]
+        self._libraries: dict[frozenset[str], tuple[str, ...]] = {}  # by who needs them
         self._running: dict[TrialId, _Running] = {}
         self._readers: list[threading.Thread] = []
         self._lock = threading.Lock()
@@ -145,6 +149,7 @@ class LocalPlatform:
             try:
                 running = _Running(request, slot, _bytes_of(request.folder / LOG))
                 slot.running = self._running[request.trial_id] = running
+                slot.modules = request.modules
                 (self._assign if self._warm else self._start_alone)(running)
             except OSError as error:
                 slot.running = None
@@ -219,11 +224,26 @@ class LocalPlatform:
             names = ", ".join(sorted(early))
             log.info("worker %d is replaced: the environment has other %s", slot.number, names)
             self._dismiss(slot)
+        elif slot.worker is not None and not _fits(slot.worker, slot.modules):
+            log.info("worker %d is replaced: it has imported libraries of others", slot.number)
+            self._dismiss(slot)
         if slot.worker is None:
             self._start_serving(slot)
         assert slot.worker is not None
-        if slot.worker.ready:
+        if slot.worker.ready and not self._brings(slot, slot.worker):
             self._give(running, slot.worker)
+
+    def _brings(self, slot: _Slot, worker: Worker) -> bool:
+        """Let a process that is ready import libraries first, once, where it is known which.
+
+        Importing them leaves what no other trial is to meet, so that each trial of these modules
+        would end its process, and the next one would import them again, for seconds.
+        """
+        libraries = self._libraries.get(slot.modules)
+        if not libraries or worker.brought is not None:
+            return False
+        worker.bring(slot.modules, libraries)
+        return True
 
     def _give(self, running: _Running, worker: Worker) -> None:
         changes = _changes(worker.environment, self._environment())
@@ -257,12 +277,17 @@ class LocalPlatform:
             worker.took = True
         elif said.word == "retired":
             log.info("worker %d is replaced: %s", slot.number, said.reason)
+            with self._lock:
+                if slot.modules:
+                    before = self._libraries.get(slot.modules, ())
+                    self._libraries[slot.modules] = (*before, *said.libraries)
         elif said.word == "ready":
-            self._ready(slot, worker)
+            self._ready(slot, worker, said.reason)
 
-    def _ready(self, slot: _Slot, worker: Worker) -> None:
-        """A process has warmed up, or its trial has ended cleanly."""
+    def _ready(self, slot: _Slot, worker: Worker, left: str) -> None:
+        """A process has warmed up, has imported libraries, or its trial has ended cleanly."""
         with self._lock:
+            worker.alone |= bool(left)
             ended = slot.running
             if ended is not None and ended.worker is worker:
                 self._forget(ended)
@@ -272,7 +297,10 @@ class LocalPlatform:
                 worker.signal(signal.SIGKILL)
             else:
                 worker.ready = worker.warmed = True
-                if slot.running is not None:
+                if slot.running is not None and not _fits(worker, slot.modules):
+                    self._dismiss(slot)
+                    self._replace(slot)
+                elif not self._brings(slot, worker) and slot.running is not None:
                     self._give(slot.running, worker)
         if ended is not None:
             self._report(ended, 0)
@@ -311,6 +339,21 @@ class LocalPlatform:
     def _report(self, running: _Running, code: int) -> None:
         died = None if code == 0 and running.finished else _obituary(running, code)
         self._on_exit(TrialExit(running.request.trial_id, died, running.cancelled))
+
+    def expect(self, modules: frozenset[str], libraries: Sequence[str]) -> None:
+        """Hear of trials to come, while their models are captured.
+
+        Args:
+            modules: That they name.
+            libraries: Modules of installed packages that these import.
+        """
+        with self._lock:
+            self._libraries.setdefault(modules, tuple(libraries))
+            for slot in self._slots:
+                if slot.running is None:
+                    slot.modules = modules
+                    if slot.worker is not None and slot.worker.ready:
+                        self._brings(slot, slot.worker)
 
     # --- from outside -------------------------------------------------------------------------
 
@@ -391,6 +434,11 @@ def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str
     """The variables that are others now, with their values."""
     names = before.keys() | now.keys()
     return {name: now.get(name) for name in names if before.get(name) != now.get(name)}
+
+
+def _fits(worker: Worker, modules: frozenset[str]) -> bool:
+    """Whether a trial whose models name these modules would import what the process has."""
+    return not worker.alone or (worker.brought or frozenset()) <= modules
 
 
 def _refused(slot: _Slot, reason: str) -> None:

@@ -37,6 +37,17 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Bring:
+    """Libraries that trials to come import anyway, to be imported before them."""
+
+    libraries: tuple[str, ...]
+
+    def line(self) -> str:
+        """The demand as it is written."""
+        return json.dumps({"do": "bring", **asdict(self)}) + "\n"
+
+
+@dataclass(frozen=True)
 class Order:
     """A command for the trial of a document, a line of `cgo.commands`; others let it pass."""
 
@@ -50,16 +61,21 @@ class Order:
 
 @dataclass(frozen=True)
 class Said:
-    """A line of the worker's own: `ready`, `took` or `retired`, the last with a reason."""
+    """A line of the worker's own: `ready`, `took` or `retired`.
+
+    The last with a reason, and with the libraries that the trial has imported, in their order; the
+    first with one where libraries that it was asked to import left something behind.
+    """
 
     word: str
     reason: str = ""
     resident_bytes: int = 0
+    libraries: tuple[str, ...] = ()
 
     def line(self) -> str:
         """The line as it is written."""
-        rest = {"reason": self.reason, "resident_bytes": self.resident_bytes}
-        return json.dumps({"worker": self.word, **rest}) + "\n"
+        rest = asdict(self)
+        return json.dumps({"worker": rest.pop("word"), **rest}) + "\n"
 
 
 def read_said(line: str) -> Said | None:
@@ -68,7 +84,8 @@ def read_said(line: str) -> Said | None:
         return None
     with suppress(ValueError, KeyError, TypeError):
         found = json.loads(line)
-        return Said(str(found["worker"]), str(found["reason"]), int(found["resident_bytes"]))
+        said = str(found["worker"]), str(found["reason"]), int(found["resident_bytes"])
+        return Said(*said, tuple(map(str, found["libraries"])))
     return None
 
 

@@ -16,7 +16,7 @@ from typing import IO, BinaryIO
 import psutil
 
 from cgo.commands import Command, encode
-from cgo.platforms.protocol import Order, Request
+from cgo.platforms.protocol import Bring, Order, Request
 
 
 @dataclass(eq=False)
@@ -34,6 +34,8 @@ class Worker:
     ready: bool = False  # waits for a request
     warmed: bool = False  # it was, at least once
     took: bool = False  # has read the last request
+    brought: frozenset[str] | None = None  # modules whose libraries it has imported
+    alone: bool = False  # these left something behind: it is for trials that name those modules
     doomed: bool = False  # is told to end, or to be killed
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -42,6 +44,12 @@ class Worker:
         self.ready = self.took = False
         assert self.requests is not None
         self._write(self.requests, request.line())
+
+    def bring(self, modules: frozenset[str], libraries: tuple[str, ...]) -> None:
+        """Let one that is ready import what trials of these modules import; then it is again."""
+        self.ready, self.brought = False, modules
+        assert self.requests is not None
+        self._write(self.requests, Bring(libraries).line())
 
     def tell(self, document: str, command: Command) -> bool:
         """Send a command to the trial of a document; False: nobody reads it any more."""
