@@ -219,6 +219,6 @@ def _imported(name: str) -> str:
 
 def _module_of(value: Any) -> str:
     """The module that a function or class is defined in, or the class of another object."""
-    defined = value if type(value) in (type, FunctionType) else type(value)
+    defined = value if issubclass(type(value), (type, FunctionType)) else type(value)
     name = defined.__module__
     return name if isinstance(name, str) else ""

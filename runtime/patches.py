@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from operator import is_
+from operator import attrgetter, is_
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -40,7 +40,8 @@ class Contents:
         }
         self._held = {name: dict(vars(module)) for name, module in self._modules.items()}
         self._classes = {cls: dict(vars(cls)) for cls in _classes_of(self._held)}
-        self._functions = {f: _made_of(f) for f in _functions_of(self._held, self._classes)}
+        self._functions = list(dict.fromkeys(_functions_of(self._held, self._classes)))
+        self._parts = {part: list(map(part, self._functions)) for part in _PARTS}
 
     def changed(self) -> Iterator[str]:
         """Names of what is another by now."""
@@ -52,9 +53,12 @@ class Contents:
         for cls, held in self._classes.items():
             for key in _differences(held, vars(cls)):
                 yield f"{cls.__module__}.{cls.__qualname__}.{key}"
-        for function, parts in self._functions.items():
-            if not all(map(is_, parts, _made_of(function))):
-                yield f"{function.__module__}.{function.__qualname__}"
+        for part, before in self._parts.items():
+            now = list(map(part, self._functions))
+            if not all(map(is_, before, now)):  # tens of thousands: looked through only if so
+                for function, old, new in zip(self._functions, before, now):
+                    if old is not new:
+                        yield f"{function.__module__}.{function.__qualname__}"
 
 
 def _top(name: str) -> str:
@@ -103,5 +107,5 @@ def _functions_of(
         yield from (value for value in values.values() if type(value) is FunctionType)
 
 
-def _made_of(function: FunctionType) -> tuple[Any, ...]:
-    return function.__code__, function.__defaults__, function.__kwdefaults__
+#: What functions are made of.
+_PARTS = tuple(map(attrgetter, ("__code__", "__defaults__", "__kwdefaults__")))

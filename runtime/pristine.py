@@ -26,6 +26,7 @@ import psutil
 
 from cgo.runtime.accelerator import forget_accelerators
 from cgo.runtime.patches import Contents
+from cgo.runtime.samples import Frozen
 from cgo.runtime.settings import Settings, python_settings, reseed
 from cgo.runtime.torch_settings import RandomStates, release, torch_settings
 from cgo.runtime.user_modules import UserModules
@@ -56,7 +57,6 @@ class Pristine:
         self._settings = Settings((*python_settings(), *torch_settings()))
         self._known = set(sys.modules)
         self._contents = [Contents(sys.modules)]
-        self._frozen = 0
         self._collect()
         _trim()
         self._resident_bytes = self.resident_bytes()
@@ -64,13 +64,14 @@ class Pristine:
     def _collect(self) -> None:
         """Collect what a trial has left, without looking through all that was there before it.
 
-        That is frozen; a trial whose loaders fork freezes what is there at that moment, too.
+        That is frozen; a trial whose loaders fork freezes what is there at that moment, too. Python
+        could tell how much is frozen, but counts it one by one.
         """
-        if gc.get_freeze_count() > self._frozen:
+        if Frozen.more:
             gc.unfreeze()
         gc.collect()
         gc.freeze()
-        self._frozen = gc.get_freeze_count()
+        Frozen.more = False
 
     @staticmethod
     def end() -> None:
@@ -100,6 +101,9 @@ class Pristine:
         self._collect()
         release()
         yield from self._running()
+        if self._users.held():  # or it is garbage that user code has frozen
+            Frozen.more = True
+            self._collect()
         if held := self._users.held():
             yield f"something holds code of {_some(held)}"
         for contents in self._contents:

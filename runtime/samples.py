@@ -89,11 +89,18 @@ def _out_of_reach() -> Iterator[None]:
     gc.collect()
     frozen = gc.get_freeze_count()  # by the program itself
     gc.freeze()
+    Frozen.more |= bool(frozen)
     try:
         yield
     finally:
         if not frozen:
             gc.unfreeze()
+
+
+class Frozen:
+    """Whether more than the program itself has frozen is kept away from the garbage collector."""
+
+    more = False
 
 
 class _Plan:

@@ -10,7 +10,14 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from cgo.errors import ImportPathError
-from cgo.imports import _has_guard, import_roots, is_import_path, loaded, resolve
+from cgo.imports import (
+    _has_guard,
+    import_roots,
+    is_import_path,
+    libraries_of,
+    loaded,
+    resolve,
+)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +51,27 @@ def test_roots_are_the_folders_of_user_modules_only():
     tests = str(Path(__file__).parent)
     paths = ["support.small:mlp", "support.nets:cnn", "torch.nn:Linear", "json:loads"]
     assert import_roots(paths) == (tests,)
+
+
+def test_libraries_are_those_that_modules_of_users_hold_names_of(tmp_path, monkeypatch):
+    """Through further modules of users; not Python's own, nor what every trial imports."""
+    (tmp_path / "fresh_space.py").write_text(
+        "import json, torch\nfrom sklearn.datasets import load_digits\nimport fresh_parts\n"
+        "from fresh_parts import made\n"
+    )
+    (tmp_path / "fresh_parts.py").write_text(
+        "import fresh_space\nimport safetensors.torch as st\nfrom pydantic import BaseModel\n"
+        "made = st.torch.Size()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert libraries_of({"fresh_space"}) == ()
+    import fresh_space
+
+    assert fresh_space
+    found = libraries_of({"fresh_space.Net", "json", "nothing.there"})
+    assert found == ("pydantic.main", "safetensors.torch", "sklearn.datasets._base")
+    for name in ("fresh_space", "fresh_parts"):
+        del sys.modules[name]
 
 
 def test_a_module_that_is_not_imported_yet_is_found(tmp_path, monkeypatch):

@@ -35,15 +35,16 @@ class Trials:
         self.platform, self.folder, self.count = platform, folder, 0
         self.heard = Heard(platform)
 
-    def submit(self, *models, roots=(TESTS,)):
+    def submit(self, *models, roots=(TESTS,), modules=()):
         self.count += 1
         folder = self.folder / f"t{self.count}"
         assert not Planner().plan(models, folder, SETTINGS).failures
-        self.platform.submit(TrialRequest(folder.name, folder, roots))
+        request = TrialRequest(folder.name, folder, roots, modules=frozenset(modules))
+        self.platform.submit(request)
         return folder
 
-    def run(self, *models, roots=(TESTS,)):
-        folder = self.submit(*models, roots=roots)
+    def run(self, *models, **where):
+        folder = self.submit(*models, **where)
         return folder, self.heard.exit()
 
     def pids(self):
@@ -101,7 +102,8 @@ def fresh(tmp_path_factory):
 def test_trials_in_one_process_give_what_they_give_in_their_own(trials, fresh):
     """After one that sets whatever can be set back; and each log has its own lines only."""
     logs = []
-    for does in (None, "prints", "sets_everything", "sets_global_seeds", None):
+    does_all = ("prints", "sets_everything", "sets_global_seeds", "freezes_what_it_leaves")
+    for does in (None, *does_all, None):
         folder, ended = trials.run(model(trials, does))
         assert ended.error is None
         logs.append((folder / "log.txt").read_text())
@@ -160,6 +162,47 @@ def test_a_process_that_has_grown_is_replaced(tmp_path):
     first, second, third = trials.pids()
     assert first == second != third
     platform.close()
+
+
+@pytest.fixture
+def with_library(tmp_path, monkeypatch):
+    """Trials on a machine with an installed library that patches torch when it is imported."""
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    (folder / "patching_library.py").write_text("import torch\ntorch.relu = torch.tanh\n")
+    (folder / "harmless_library.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    platform = LocalPlatform()
+    yield Trials(platform, tmp_path)
+    platform.close()
+
+
+def test_what_a_trial_had_to_import_is_imported_before_the_next(with_library, fresh):
+    """And who names other modules never meets it."""
+    trials = with_library
+    for does, modules in [("imports_a_library", {"a"})] * 3 + [(None, {"b"})]:
+        folder, ended = trials.run(model(trials, does), modules=modules)
+        assert ended.error is None
+    first, second, third, fourth = trials.pids()
+    assert first != second == third != fourth
+    same(trials.result(folder), fresh)
+
+
+def test_what_trials_will_import_is_imported_while_they_are_planned(with_library, fresh):
+    trials = with_library
+    trials.run(model(trials), modules={"c"})
+    for modules, library in (({"a"}, "patching_library"), ({"c"}, "harmless_library")):
+        trials.platform.expect(frozenset(modules), (library, "no_library"))
+        folder, ended = trials.run(model(trials), modules=modules)
+        assert ended.error is None
+        trials.run(model(trials), modules=modules)
+    _, ended = trials.run(model(trials), modules={"d"})
+    assert ended.error is None
+    pids = trials.pids()
+    assert pids[0] == pids[1] == pids[2]  # one process brought it
+    assert pids[2] != pids[3]  # and is for nobody else
+    assert len(set(pids[3:])) == 1  # what leaves nothing behind is no reason for another
+    same(trials.result(folder), fresh)
 
 
 def test_a_module_that_was_edited_is_read_again(trials, tmp_path):

@@ -2,6 +2,8 @@
 
 import atexit
 import ctypes
+import gc
+import importlib
 import os
 import random
 import signal
@@ -73,6 +75,16 @@ def changes_precision():
 
 def enters_a_mode():
     torch.set_default_device("meta")
+
+
+def imports_a_library():
+    importlib.import_module("patching_library")
+
+
+def freezes_what_it_leaves():
+    left = [VISITS]
+    left.append(left)
+    gc.freeze()
 
 
 def leaves_a_thread():
