@@ -7,12 +7,12 @@ a share that was measured, and nothing where convolutions take the time.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
+from cgo.machine import cores
 from cgo.runtime.tape import Tape
 
 #: What compiling is expected to gain of a step on a CPU.
@@ -80,9 +80,7 @@ def share_of_training(kind: str) -> float:
     """What training loses of the seconds that another process works."""
     if kind != "cpu":
         return 0.2
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-    return min(1.0, torch.get_num_threads() / cores)
+    return min(1.0, torch.get_num_threads() / cores())
 
 
 def may_repay(tape: Tape, steps: int, device_type: str) -> bool:

@@ -1,6 +1,7 @@
 """Capture in several processes: nothing depends on how many, and one that dies costs its model."""
 
 import os
+import subprocess
 import sys
 from collections import deque
 from pathlib import Path
@@ -37,7 +38,7 @@ def model(module, hidden, id_):
 def eager_start(monkeypatch):
     """A process is started for every queue, and this one waits for it."""
     monkeypatch.setattr(helpers, "START_S", 0.0)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(helpers, "cores", lambda: 2)
     taken = []
 
     class Patient(helpers.Helpers):
@@ -99,3 +100,15 @@ def test_few_or_quick_models_are_not_worth_a_process():
     queue = helpers.Helpers(deque(models(20)), lambda *told: None, ROOTS, most=4)
     queue.consider(seconds_each=0.01)
     assert queue._threads == []
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
+def test_a_process_held_to_one_core_has_no_help():
+    """Another process would take its time, and first import everything a second time."""
+    code = (
+        "import os; os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])\n"
+        "from collections import deque\nfrom cgo.capture.helpers import Helpers\n"
+        "helpers = Helpers(deque(range(1000)), print, ())\n"
+        "helpers.consider(60.0)\nassert not helpers._threads"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 from cgo.imports import search_first
-from cgo.machine import python_command
+from cgo.machine import cores, python_command
 from cgo.model import Model
 from cgo.user_code import told
 
@@ -45,7 +45,7 @@ class Helpers:
         self, waiting: deque[Model], done: Done, roots: Sequence[str], most: int | None = None
     ) -> None:
         self._waiting, self._done, self._roots = waiting, done, tuple(roots)
-        self._most = (os.cpu_count() or 1) - 1 if most is None else most
+        self._most = cores() - 1 if most is None else most
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._processes: list[subprocess.Popen[bytes]] = []

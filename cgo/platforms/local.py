@@ -20,7 +20,7 @@ from cgo.commands import Command
 from cgo.errors import TrialError
 from cgo.events import Event, events_in, is_finish
 from cgo.interface import WorkerInfo
-from cgo.machine import Device, devices, python_command
+from cgo.machine import Device, cores, devices, python_command
 from cgo.platforms.base import TrialExit, TrialId, TrialRequest
 from cgo.platforms.logs import LAST_LINES, how_ended, last_lines
 from cgo.platforms.protocol import Request, Said, Spoken
@@ -166,7 +166,7 @@ class LocalPlatform:
         """
         if len(self._slots) == 1 or "OMP_NUM_THREADS" in os.environ:
             return self._env
-        share = max(1, (os.cpu_count() or 1) // len(self._slots))
+        share = max(1, cores() // len(self._slots))
         return {"OMP_NUM_THREADS": str(share), **self._env}
 
     # --- processes; all locked ----------------------------------------------------------------
@@ -462,7 +462,7 @@ def default_workers() -> int:
 
     Operators of small models gain nothing from several threads.
     """
-    return 1 if devices()[0].device != "cpu" else os.cpu_count() or 1
+    return 1 if devices()[0].device != "cpu" else cores()
 
 
 def trial_environment(import_roots: Sequence[str], extra: Mapping[str, str]) -> dict[str, str]:
