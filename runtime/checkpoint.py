@@ -1,9 +1,10 @@
-"""A trial's checkpoint: one file, replaced as a whole after every epoch."""
+"""A trial's checkpoint: one file, replaced as a whole after epochs."""
 
 from __future__ import annotations
 
 import io
 import logging
+import time
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,41 @@ log = logging.getLogger(__name__)
 
 NAME = "checkpoint.pt"
 VERSION = 1
+
+
+#: Part of the time of training that goes into checkpoints: what a crash costs is the rest of it.
+_MOST = 0.05
+
+
+class Pace:
+    """After which epochs a checkpoint is written: the first, then as often as `_MOST` allows.
+
+    Example:
+        >>> pace = Pace()
+        >>> pace.due()
+        True
+        >>> pace.wrote(3600.0)
+        >>> pace.due()
+        False
+        >>> pace.renew()
+        >>> pace.due()
+        True
+    """
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def due(self) -> bool:
+        """Whether one is to be written now."""
+        return time.monotonic() >= self._next
+
+    def wrote(self, seconds: float) -> None:
+        """One was written, which took so long."""
+        self._next = time.monotonic() + seconds / _MOST
+
+    def renew(self) -> None:
+        """Others train from now on: the next epoch is like a first one."""
+        self._next = 0.0
 
 
 def save(folder: Path, members: dict[str, Any]) -> None:

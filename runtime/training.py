@@ -154,6 +154,7 @@ class _Trial:
         self.members: dict[ModelId, Member] = {}
         self._found: dict[ModelId, float] = {}  # metrics of models that are let go of
         self._not_kept: set[ModelId] = set()  # told already
+        self._pace = checkpoint.Pace()
         places = place_models(data, devices, self._tell)
         records = checkpoint.load(folder) or {}
         for entry in data.models:
@@ -231,7 +232,10 @@ class _Trial:
                 if cohort.running():
                     cohort.epoch()
                 cohort.sync()
-            self._save()
+            if not self._running() or self._pace.due():  # of what has ended little is kept
+                started = time.perf_counter()
+                self._save()
+                self._pace.wrote(time.perf_counter() - started)
         self._tell("finished")
 
     def _running(self) -> list[Member]:
@@ -287,6 +291,7 @@ class _Trial:
         for id_, reason in added.failed.items():
             self.report(_failed(id_, reason))
         self._let_go()
+        self._pace.renew()
         self.data = added.data
         self._constants |= added.joiners.constants
         self.members |= {member.id: member for member in added.members}

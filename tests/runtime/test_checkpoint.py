@@ -1,5 +1,8 @@
 """Checkpoints: whole or not there, without what cannot be kept, and never a reason to fail."""
 
+import math
+import time
+
 import pytest
 import torch
 from support import escapes, small
@@ -112,6 +115,29 @@ def stemmed(id_, **training):
     data = cgo.DataSpec("support.small:points", batch_size=8)
     spec = cgo.TrainingSpec(metrics=("accuracy",), epochs=4, **training)
     return cgo.Model("support.small:frozen_stem", data=data, training=spec, seed=3, model_id=id_)
+
+
+@pytest.fixture(autouse=True)
+def after_every_epoch(monkeypatch):
+    """However long that takes, so that it is known where training goes on."""
+    monkeypatch.setattr(checkpoint, "_MOST", math.inf)
+
+
+def test_a_checkpoint_is_written_as_often_as_its_time_allows(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(checkpoint, "_MOST", 0.05)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    pace = checkpoint.Pace()
+    written = []
+    for epoch in range(100):
+        now[0] += 1.0
+        if epoch == 62:  # others have joined
+            pace.renew()
+        if pace.due():
+            written.append(epoch)
+            now[0] += 0.5
+            pace.wrote(0.5)
+    assert written == [0, 10, 20, 30, 40, 50, 60, 62, 72, 82, 92]
 
 
 @pytest.mark.parametrize("tuning", [{}, {"capture": True}])
