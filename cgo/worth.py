@@ -25,7 +25,8 @@ class Costs:
     """What a model and one of its layers cost before a step is trained, in seconds.
 
     Measured on one thread of a CPU, for the networks of `cgo demo` and of NAS-Bench-201: to capture
-    and merge in the engine, where a model is called some times, and to lower in the trial.
+    and merge in the engine, where a model is called some times, and to lower in the trial; of a
+    trial as a whole, to write its steps' code and try it.
 
     Example:
         >>> costs, small = Costs(), Sample(step_s=0.004, layers=12)
@@ -39,6 +40,7 @@ class Costs:
     calls: float = 3.5
     layer_s: float = 0.0035
     lowered_layer_s: float = 0.004
+    trial_s: float = 0.4
 
     def capture(self, sample: Sample) -> float:
         """Seconds of capturing and merging one model."""
@@ -121,7 +123,7 @@ def estimate(
     step_s = _OPTIMIZER * sum(sample.step_s for sample in samples) / len(samples)
     each = len(epochs) / len(samples)
     capture_s = each * sum(map(costs.capture, samples))
-    lowering_s = each * sum(map(costs.lowering, samples))
+    lowering_s = costs.trial_s + each * sum(map(costs.lowering, samples))
     plain_s = step_s * sum(epochs) * (training + _EVALUATION * evaluation)
     trained_s = plain_s / gain(len(epochs), step_s, device)
     merged_s = max(0.0, capture_s - spare_s) + lowering_s + trained_s

@@ -45,14 +45,14 @@ def test_a_gain_is_never_a_loss_and_grows_with_company(step_s, models, device):
 
 def test_what_comes_before_is_counted_for_each_model():
     sample = Sample(0.01, 10)
-    costs = Costs(model_s=1.0, calls=0, layer_s=0, lowered_layer_s=0.01)
+    costs = Costs(model_s=1.0, calls=0, layer_s=0, lowered_layer_s=0.01, trial_s=0.2)
     found = estimate([sample], [1, 1, 1], (10, 0), costs=costs)
     assert found.plain_s == pytest.approx(0.375)  # with the optimizer's part
     trained = 0.375 / gain(3, 0.0125, "cpu")
-    assert found.merged_s == pytest.approx(3.0 + 0.3 + trained)
-    assert "3 model(s): 0.38 s one after another, 3.6 s merged" in str(found)
+    assert found.merged_s == pytest.approx(3.0 + 0.5 + trained)
+    assert "3 model(s): 0.38 s one after another, 3.8 s merged" in str(found)
     waiting = estimate([sample], [1, 1, 1], (10, 0), spare_s=10.0, costs=costs)
-    assert waiting.merged_s == pytest.approx(0.3 + trained)  # captured while workers start
+    assert waiting.merged_s == pytest.approx(0.5 + trained)  # captured while workers start
 
 
 def test_the_mean_of_the_samples_stands_for_all():
