@@ -7,6 +7,7 @@ so that a model that fails leaves its neighbours' numbers as they are. `update` 
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -170,6 +171,7 @@ class MergedLanes:
         if not most:
             return False
         self._most_models = most
+        gc.collect()  # what cycles hold since the last time is memory, too
         self._tell("divided", most_models=most, reason=str(failure).partition("\n")[0])
         return True
 

@@ -27,7 +27,7 @@ def test_too_many_models_at_once_take_turns(tmp_path):
     """A hidden layer of 16,384 over a batch of 512 is 32 MiB; a step keeps some five of them."""
     widths = [16384] * 4
     whole = run(tmp_path / "whole", widths)
-    short = run(tmp_path / "short", widths, more_bytes=330 * 2**20)
+    short = run(tmp_path / "short", widths, more_bytes=560 * 2**20)
     assert whole["divided"] == []
     assert short["divided"], "the limit was not reached"
     assert short["ended"] == dict.fromkeys(["m0", "m1", "m2", "m3"])
