@@ -171,6 +171,7 @@ def with_library(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "patching_library.py").write_text("import torch\ntorch.relu = torch.tanh\n")
     (folder / "harmless_library.py").write_text("")
+    (folder / "fatal_library.py").write_text("import os\nos._exit(3)\n")
     monkeypatch.setenv("PYTHONPATH", str(folder))
     platform = LocalPlatform()
     yield Trials(platform, tmp_path)
@@ -203,6 +204,16 @@ def test_what_trials_will_import_is_imported_while_they_are_planned(with_library
     assert pids[2] != pids[3]  # and is for nobody else
     assert len(set(pids[3:])) == 1  # what leaves nothing behind is no reason for another
     same(trials.result(folder), fresh)
+
+
+def test_a_library_that_ends_its_process_is_not_imported_beforehand_again(with_library, fresh):
+    trials = with_library
+    trials.platform.expect(frozenset({"a"}), ("fatal_library",))
+    for _ in range(2):
+        folder, ended = trials.run(model(trials), modules={"a"})
+        assert ended.error is None
+    same(trials.result(folder), fresh)
+    assert len(set(trials.pids())) == 1
 
 
 def test_a_module_that_was_edited_is_read_again(trials, tmp_path):

@@ -33,7 +33,7 @@ from cgo.capture.kinds import Kinds, skeleton
 from cgo.capture.lightning import refuse_ignored_training
 from cgo.capture.python_state import Watched, moved
 from cgo.capture.record import record
-from cgo.capture.traced import of_export
+from cgo.capture.traced import of_export, release
 from cgo.capture.validate import program_graph, validate
 from cgo.errors import CaptureError, ModelError, SpecError, UserExitError
 from cgo.garbage import uncollected
@@ -372,22 +372,24 @@ def _record_all(
         split = name.partition("/")[0]
         with kept.afterwards():
             traced = record(module, training, name, leaves)
-            if [path for path, _ in module.named_buffers()] != buffers:
-                raise _RegistersBuffersError("its first call registers buffers")
-            if [parameter.requires_grad for parameter in module.parameters()] != trained:
-                raise CaptureError("forward sets which parameters are trained")
-            check_loss(model, name, traced.loss())
-            dtype, gradients = training.autocast_dtype, split == "train"
-            made = convert(traced, autocast_dtype=dtype, gradients=gradients)
-            shape = skeleton(traced)
-            trusted = shape == proof or (
-                split != "train" and kinds.knows(traced, module, training, split)
-            )
-            # Of a call that moves what Python keeps, a next one may be of another kind.
-            if not trusted or moved(begun, watched.snapshot()) is not None:
-                validate(made, name, module, training, leaves, other, seeds=(1,), called=kept)
-                kinds.learn(traced, module, training, split)
-            traced.release()
+            try:
+                if [path for path, _ in module.named_buffers()] != buffers:
+                    raise _RegistersBuffersError("its first call registers buffers")
+                if [parameter.requires_grad for parameter in module.parameters()] != trained:
+                    raise CaptureError("forward sets which parameters are trained")
+                check_loss(model, name, traced.loss())
+                dtype, gradients = training.autocast_dtype, split == "train"
+                made = convert(traced, autocast_dtype=dtype, gradients=gradients)
+                shape = skeleton(traced)
+                trusted = shape == proof or (
+                    split != "train" and kinds.knows(traced, module, training, split)
+                )
+                # Of a call that moves what Python keeps, a next one may be of another kind.
+                if not trusted or moved(begun, watched.snapshot()) is not None:
+                    validate(made, name, module, training, leaves, other, seeds=(1,), called=kept)
+                    kinds.learn(traced, module, training, split)
+            finally:
+                release(traced.graph)
         return made, shape
 
     proof: list[str] | None = None

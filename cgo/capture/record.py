@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 from cgo.capture.export import Written, at_line, is_users
 from cgo.capture.stand_ins import stand_ins
 from cgo.capture.static import is_static
-from cgo.capture.traced import Setting, Source, Traced
+from cgo.capture.traced import Setting, Source, Traced, release
 from cgo.errors import CaptureError
 from cgo.model import TrainingSpec
 from cgo.private.operators import OpOverload
@@ -61,12 +61,16 @@ def record(module: nn.Module, training: TrainingSpec, name: str, leaves: Leaves)
             modes.enter_context(torch.no_grad())
             modes.enter_context(eval_mode(step))
         recorder = _Recording(module, own)
-        with stand_ins(module), _unread(recorder), recording(recorder.call):
-            drawn = _drawn()
-            loss, prediction = step(*own.values())
-        if _drawn() != drawn:
-            raise CaptureError("forward draws random numbers of Python's or NumPy's")
-        return recorder.finish(loss, prediction)
+        try:
+            with stand_ins(module), _unread(recorder), recording(recorder.call):
+                drawn = _drawn()
+                loss, prediction = step(*own.values())
+            if _drawn() != drawn:
+                raise CaptureError("forward draws random numbers of Python's or NumPy's")
+            return recorder.finish(loss, prediction)
+        except Exception:
+            release(recorder.graph)
+            raise
 
 
 def _drawn() -> object:

@@ -53,10 +53,11 @@ class Traced:
         node: Any = self.graph.output_node().args[0][0]  # type: ignore[index]
         return None if node is None else node.meta.get("val")
 
-    def release(self) -> None:
-        """Let go of what the run computed: nodes refer to each other, so nobody else would soon."""
-        for node in self.graph.nodes:
-            node.meta.clear()
+
+def release(graph: fx.Graph) -> None:
+    """Let go of what a run computed: nodes refer to each other, so nobody else would soon."""
+    for node in graph.nodes:
+        node.meta.clear()
 
 
 def of_export(exported: ExportedProgram, leaves: Mapping[str, Tensor], strip: str) -> Traced:

@@ -287,6 +287,7 @@ class LocalPlatform:
     def _ready(self, slot: _Slot, worker: Worker, left: str) -> None:
         """A process has warmed up, has imported libraries, or its trial has ended cleanly."""
         with self._lock:
+            worker.bringing = False
             worker.alone |= bool(left)
             ended = slot.running
             if ended is not None and ended.worker is worker:
@@ -309,6 +310,9 @@ class LocalPlatform:
         """A process has ended; with its trial, unless that can still be given to another."""
         with self._lock:
             worker.close()
+            if worker.bringing and worker.brought is not None and not worker.doomed:
+                log.warning("worker %d ended as it imported libraries beforehand", slot.number)
+                self._libraries[worker.brought] = ()
             if slot.worker is not worker:
                 return
             slot.worker, running = None, slot.running
