@@ -287,8 +287,8 @@ class LocalPlatform:
     def _ready(self, slot: _Slot, worker: Worker, left: str) -> None:
         """A process has warmed up, has imported libraries, or its trial has ended cleanly."""
         with self._lock:
-            worker.bringing = False
-            worker.alone |= bool(left)
+            if worker.bringing:
+                worker.bringing, worker.alone = False, bool(left)
             ended = slot.running
             if ended is not None and ended.worker is worker:
                 self._forget(ended)
@@ -298,10 +298,7 @@ class LocalPlatform:
                 worker.signal(signal.SIGKILL)
             else:
                 worker.ready = worker.warmed = True
-                if slot.running is not None and not _fits(worker, slot.modules):
-                    self._dismiss(slot)
-                    self._replace(slot)
-                elif not self._brings(slot, worker) and slot.running is not None:
+                if not self._brings(slot, worker) and slot.running is not None:
                     self._give(slot.running, worker)
         if ended is not None:
             self._report(ended, 0)

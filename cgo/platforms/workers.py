@@ -36,7 +36,7 @@ class Worker:
     took: bool = False  # has read the last request
     brought: frozenset[str] | None = None  # modules whose libraries it has imported
     bringing: bool = False  # is at it
-    alone: bool = False  # these left something behind: it is for trials that name those modules
+    alone: bool = False  # these may have left something: it is for trials that name those modules
     doomed: bool = False  # is told to end, or to be killed
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -48,7 +48,7 @@ class Worker:
 
     def bring(self, modules: frozenset[str], libraries: tuple[str, ...]) -> None:
         """Let one that is ready import what trials of these modules import; then it is again."""
-        self.ready, self.bringing, self.brought = False, True, modules
+        self.ready, self.bringing, self.alone, self.brought = False, True, True, modules
         assert self.requests is not None
         self._write(self.requests, Bring(libraries).line())
 
