@@ -53,12 +53,15 @@ class Contents:
         for cls, held in self._classes.items():
             for key in _differences(held, vars(cls)):
                 yield f"{cls.__module__}.{cls.__qualname__}.{key}"
+        for function in dict.fromkeys(self._changed_functions()):
+            yield f"{function.__module__}.{function.__qualname__}"
+
+    def _changed_functions(self) -> Iterator[FunctionType]:
         for part, before in self._parts.items():
             now = list(map(part, self._functions))
             if not all(map(is_, before, now)):  # tens of thousands: looked through only if so
-                for function, old, new in zip(self._functions, before, now):
-                    if old is not new:
-                        yield f"{function.__module__}.{function.__qualname__}"
+                rows = zip(self._functions, before, now)
+                yield from (function for function, old, new in rows if old is not new)
 
 
 def _top(name: str) -> str:
