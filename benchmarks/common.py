@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,22 @@ def plain_loops(models: Sequence[Model]) -> list[PlainLoop]:
 def summary(ratios: Sequence[float]) -> dict[str, float]:
     """Median of ratios and its 95% bootstrap interval."""
     return dict(zip(("ratio", "low", "high"), bench.summary(ratios)))
+
+
+def write_sections(
+    name: str, sections: Mapping[str, Callable[[], dict[str, Any]]], wanted: Sequence[str]
+) -> None:
+    """Measure the sections of a record that are wanted (none: all), and write it.
+
+    Those that are not stay as they were.
+    """
+    path = RESULTS / f"{name}.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    figures = {section: known[section] for section in sections if section in known}
+    for section in wanted or sections:
+        figures[section] = sections[section]()
+        print(section, json.dumps(figures[section], indent=1), flush=True)
+    write(name, figures)
 
 
 def write(name: str, figures: dict[str, Any]) -> None:

@@ -10,17 +10,16 @@ trains one model after another in a process that is there already.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, summary, write
+from common import summary, write_sections
 from nni.nas.strategy import Random, RegularizedEvolution
 from nni.nas.strategy.base import Strategy
 
@@ -97,15 +96,6 @@ def compared(models: int, searches: Mapping[str, Search]) -> dict[str, Any]:
     return figures
 
 
-def main(names: Sequence[str]) -> None:
-    """Measure, and write; what is not asked for stays as it was."""
-    path = RESULTS / "nni_search.json"
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    figures = {name: known[name] for name in SECTIONS if name in known}
-    for name in names or SECTIONS:
-        figures[name] = compared(*SECTIONS[name])
-    write("nni_search", figures)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sections = {name: partial(compared, *given) for name, given in SECTIONS.items()}
+    write_sections("nni_search", sections, sys.argv[1:])

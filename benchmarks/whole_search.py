@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, tuned_process, write
+from common import tuned_process, write_sections
 
 import cgo
 from cgo.capture import Capturer, Examples
@@ -261,20 +261,9 @@ SECTIONS = {
 }
 
 
-def main(names: Sequence[str]) -> None:
-    """Measure and write."""
-    path = RESULTS / "whole_search.json"
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    figures = {name: known[name] for name in SECTIONS if name in known}
-    for name in names or SECTIONS:
-        figures[name] = SECTIONS[name]()
-        print(name, json.dumps(figures[name], indent=1), flush=True)
-    write("whole_search", figures)
-
-
 if __name__ == "__main__":
     tuned_process()
     if sys.argv[1:] == ["--loop"]:
         loop()
     else:
-        main(sys.argv[1:])
+        write_sections("whole_search", SECTIONS, sys.argv[1:])
