@@ -1,5 +1,6 @@
 """Makes `support` importable, here and in trials, and the benchmarks here."""
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -58,3 +59,11 @@ def cuda():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device: nothing of this was tested on a GPU")
     return torch.device("cuda")
+
+
+@pytest.fixture
+def checkpoint_after_every_epoch(monkeypatch):
+    """However long that takes, so that it is known where training goes on."""
+    from cgo.runtime import checkpoint
+
+    monkeypatch.setattr(checkpoint, "_MOST", math.inf)

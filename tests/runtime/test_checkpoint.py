@@ -1,6 +1,5 @@
 """Checkpoints: whole or not there, without what cannot be kept, and never a reason to fail."""
 
-import math
 import time
 
 import pytest
@@ -14,6 +13,8 @@ from cgo.planner import Planner
 from cgo.runtime import checkpoint
 from cgo.runtime.state import marks
 from cgo.user_code import Terminated
+
+pytestmark = pytest.mark.usefixtures("checkpoint_after_every_epoch")
 
 
 def test_what_is_saved_is_loaded_and_parts_of_it_are_taken(tmp_path):
@@ -115,12 +116,6 @@ def stemmed(id_, **training):
     data = cgo.DataSpec("support.small:points", batch_size=8)
     spec = cgo.TrainingSpec(metrics=("accuracy",), epochs=4, **training)
     return cgo.Model("support.small:frozen_stem", data=data, training=spec, seed=3, model_id=id_)
-
-
-@pytest.fixture(autouse=True)
-def after_every_epoch(monkeypatch):
-    """However long that takes, so that it is known where training goes on."""
-    monkeypatch.setattr(checkpoint, "_MOST", math.inf)
 
 
 def test_a_checkpoint_is_written_as_often_as_its_time_allows(monkeypatch):

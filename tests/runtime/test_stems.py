@@ -1,6 +1,5 @@
 """Stored values of frozen stems: training with them equals training alone."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -14,7 +13,7 @@ from cgo.errors import TrialError
 from cgo.graph import restrict
 from cgo.passes.split_stems import SplitStems
 from cgo.planner import Planner
-from cgo.runtime import checkpoint, stems
+from cgo.runtime import stems
 from cgo.runtime.data import DataSets, Loader, open_data
 from cgo.runtime.member import Member
 from cgo.runtime.stems import StemStore, plan_stems, spare_bytes, stored_bytes, unaugmented
@@ -64,8 +63,8 @@ class Stopped(Exception):
     """The trial's process is gone."""
 
 
-def test_a_trial_that_goes_on_fills_its_store_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_MOST", math.inf)  # a checkpoint after every epoch
+@pytest.mark.usefixtures("checkpoint_after_every_epoch")
+def test_a_trial_that_goes_on_fills_its_store_again(tmp_path):
     one = case("m", training={"epochs": 4})
     (tmp_path / "whole").mkdir()
     whole = Merged([one], tmp_path / "whole")
